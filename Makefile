@@ -1,0 +1,43 @@
+# The two commands of the README: `make demo` and `make test`. Both work in a bare clone: the first use makes .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.py') CMakeLists.txt pyproject.toml
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+.PHONY: demo test lint bench install clean
+
+demo: $(VENV)/demo-installed
+	$(BIN)/dit-fast demo $(DEMO_ARGS)
+
+test: $(VENV)/dev-installed
+	$(MAKE) lint
+	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest bench --benchmark-disable -q
+
+lint: $(VENV)/dev-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+bench: $(VENV)/dev-installed
+	$(BIN)/python -m pytest bench --benchmark-only -q
+
+install: $(VENV)/demo-installed
+
+# constraints.txt pins torch to the build that runs everywhere; the package itself takes a range
+$(VENV)/created:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/demo-installed: $(VENV)/created constraints.txt $(SOURCES)
+	$(BIN)/pip install --quiet -c constraints.txt '.[demo]'
+	touch $@
+
+$(VENV)/dev-installed: $(VENV)/created constraints.txt $(SOURCES)
+	$(BIN)/pip install --quiet -c constraints.txt '.[test,dev]'
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV)

@@ -1,0 +1,136 @@
+// The only file that knows Python. Pointers and streams arrive as integers; dit_fast.ops has checked everything.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+
+#include "cpu/gemm.h"
+#include "grad_dot.h"
+#include "lowrank_update.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using dit_fast::Index;
+using dit_fast::Rows;
+using dit_fast::Sizes;
+
+using Address = std::uintptr_t;
+using Five = std::array<Index, 5>;
+
+// An operand: its address and the strides of its first two dimensions, in elements (a matrix has the first alone).
+using Operand = std::pair<Address, std::array<Index, 2>>;
+
+template <class T>
+Rows<T> rows(const Operand& operand, Index num_inner) {
+  return {reinterpret_cast<T*>(operand.first), operand.second[0], operand.second[1], num_inner};
+}
+
+// One row per column k.
+template <class T>
+Rows<T> rows_of_columns(const Operand& operand, Index num_columns) {
+  return {reinterpret_cast<T*>(operand.first), 0, operand.second[0], num_columns};
+}
+
+Sizes sizes_of(const Five& sizes) {
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+}
+
+template <class Real>
+dit_fast::GradDot<Real> grad_dot_args(const Five& n, const Operand& dots, const Operand& delta,
+                                      const Operand& activations, const Operand& weight, const Operand& bias) {
+  return {sizes_of(n),
+          rows_of_columns<double>(dots, n[0]),
+          rows<const Real>(delta, n[2]),
+          rows<const Real>(activations, n[2]),
+          rows<const Real>(weight, n[3]),
+          rows_of_columns<const Real>(bias, n[0])};
+}
+
+template <class Real>
+dit_fast::LowrankUpdate<Real> lowrank_update_args(const Five& n, const Operand& weight, const Operand& bias,
+                                                  const Operand& coefficients, const Operand& delta,
+                                                  const Operand& activations) {
+  return {sizes_of(n),
+          rows<Real>(weight, n[3]),
+          rows_of_columns<Real>(bias, n[0]),
+          rows_of_columns<const double>(coefficients, n[0]),
+          rows<const Real>(delta, n[2]),
+          rows<const Real>(activations, n[2])};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled core of dit_fast. Use it through dit_fast.ops, which checks what is handed over.";
+  using Free = py::call_guard<py::gil_scoped_release>;
+  namespace cpu = dit_fast::cpu;
+
+  m.def(
+      "grad_dot_cpu",
+      [](bool twice, const Five& n, const Operand& dots, const Operand& delta, const Operand& activations,
+         const Operand& weight, const Operand& bias, int threads) {
+        if (twice) return cpu::grad_dot(grad_dot_args<double>(n, dots, delta, activations, weight, bias), threads);
+        cpu::grad_dot(grad_dot_args<float>(n, dots, delta, activations, weight, bias), threads);
+      },
+      Free());
+  m.def(
+      "lowrank_update_cpu",
+      [](bool twice, const Five& n, const Operand& weight, const Operand& bias, const Operand& coefficients,
+         const Operand& delta, const Operand& activations, int threads) {
+        if (twice)
+          return cpu::lowrank_update(lowrank_update_args<double>(n, weight, bias, coefficients, delta, activations),
+                                     threads);
+        cpu::lowrank_update(lowrank_update_args<float>(n, weight, bias, coefficients, delta, activations), threads);
+      },
+      Free());
+  m.def("use_blas", &cpu::use_blas, py::arg("allowed"));
+  m.def("blas_name", &cpu::blas_name);
+
+  m.attr("version") = DIT_FAST_VERSION;
+#if defined(__clang__)
+  m.attr("compiler") = "clang " __clang_version__;
+#else
+  m.attr("compiler") = "gcc " __VERSION__;
+#endif
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+
+#ifdef DIT_FAST_CUDA
+  namespace cuda = dit_fast::cuda;
+  m.attr("cuda_compiled") = true;
+  m.attr("cuda_architectures") = DIT_FAST_CUDA_ARCHITECTURES;
+  m.attr("cuda_compiler") = "nvcc " DIT_FAST_CUDA_VERSION;
+  m.def(
+      "grad_dot_cuda",
+      [](bool twice, const Five& n, const Operand& dots, const Operand& delta, const Operand& activations,
+         const Operand& weight, const Operand& bias, int device, Address stream) {
+        void* queue = reinterpret_cast<void*>(stream);
+        if (twice)
+          return cuda::grad_dot(grad_dot_args<double>(n, dots, delta, activations, weight, bias), device, queue);
+        cuda::grad_dot(grad_dot_args<float>(n, dots, delta, activations, weight, bias), device, queue);
+      },
+      Free());
+  m.def(
+      "lowrank_update_cuda",
+      [](bool twice, const Five& n, const Operand& weight, const Operand& bias, const Operand& coefficients,
+         const Operand& delta, const Operand& activations, int device, Address stream) {
+        void* queue = reinterpret_cast<void*>(stream);
+        if (twice)
+          return cuda::lowrank_update(lowrank_update_args<double>(n, weight, bias, coefficients, delta, activations),
+                                      device, queue);
+        cuda::lowrank_update(lowrank_update_args<float>(n, weight, bias, coefficients, delta, activations), device,
+                             queue);
+      },
+      Free());
+#else
+  m.attr("cuda_compiled") = false;
+  m.attr("cuda_architectures") = "";
+  m.attr("cuda_compiler") = py::none();
+#endif
+}

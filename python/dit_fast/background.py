@@ -1,0 +1,204 @@
+"""What keeps the Recorder's disk and device work off the training thread: chunk buffers and the thread that writes them."""
+
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit_fast.errors import LogError
+from dit_fast.log import Header, LogWriter, Step, first_nonfinite
+
+
+class ChunkBuffer:
+    """The rows [n+1, P] and steps of one chunk being filled, in pinned memory for parameters on a GPU.
+
+    changed [n+1] says, for rows copied from a GPU, that the parameters were no longer equal to the row when the next step
+    began; `ready` is the event after which rows and flags are on the host.
+    """
+
+    def __init__(self, header: Header, capacity: int, pinned: bool) -> None:
+        # zeroed, so that the memory is there before the training loop writes to it
+        self.rows = torch.empty(capacity + 1, header.row_size, dtype=header.row_dtype, pin_memory=pinned).zero_()
+        self.changed = torch.zeros(capacity + 1, dtype=torch.bool, pin_memory=pinned)
+        self.capacity = capacity
+        self.steps: list[Step] = []
+        self.ready: torch.cuda.Event | None = None
+
+
+class HostRows:
+    """Copies parameters on the CPU into rows and compares them with the last row."""
+
+    pinned = False
+
+    def __init__(self, header: Header, params: Sequence[Tensor]) -> None:
+        self._header, self._params = header, params
+        self._sizes = [p.numel() for p in params]
+
+    def copy(self, buffer: ChunkBuffer, index: int) -> None:
+        """θ as it is now into row `index`."""
+        torch.cat([p.detach().reshape(-1) for p in self._params], out=buffer.rows[index])
+
+    def carry(self, full: ChunkBuffer, fresh: ChunkBuffer) -> None:
+        """The last row of a full buffer becomes the first of the next."""
+        fresh.rows[0].copy_(full.rows[full.capacity])
+
+    def first_changed(self, buffer: ChunkBuffer, index: int) -> int | None:
+        """The number of the first parameter that is not equal to row `index`; NaN is equal to nothing."""
+        pieces = buffer.rows[index].split(self._sizes)
+        for number, (p, piece) in enumerate(zip(self._params, pieces, strict=True)):
+            # numpy, because it compares twice as fast here as torch.equal
+            if not np.array_equal(p.detach().numpy(), piece.view(p.shape).to(p.dtype).numpy()):
+                return number
+        return None
+
+    def seal(self, buffer: ChunkBuffer) -> None:
+        """The rows are there already."""
+
+
+class DeviceRows:
+    """The same for parameters on one GPU, without ever waiting for it: the writer thread waits for an event instead.
+
+    The last row is kept on the device, where the comparison is made; its result travels beside the rows as a flag.
+    """
+
+    pinned = True
+
+    def __init__(self, header: Header, params: Sequence[Tensor]) -> None:
+        self._params = params
+        self._device = params[0].device
+        self._last = torch.empty(header.row_size, dtype=header.row_dtype, device=self._device)
+        self._done = torch.cuda.Event()
+        self._done.record(torch.cuda.current_stream(self._device))
+
+    def copy(self, buffer: ChunkBuffer, index: int) -> None:
+        """θ as it is now into row `index`, enqueued on the current stream."""
+        stream = self._enter()
+        torch.cat([p.detach().reshape(-1) for p in self._params], out=self._last)
+        buffer.rows[index].copy_(self._last, non_blocking=True)
+        self._done.record(stream)
+
+    def carry(self, full: ChunkBuffer, fresh: ChunkBuffer) -> None:
+        """From the device, because the full buffer's row may still be on its way."""
+        stream = self._enter()
+        fresh.rows[0].copy_(self._last, non_blocking=True)
+        self._done.record(stream)
+
+    def first_changed(self, buffer: ChunkBuffer, index: int) -> int | None:
+        """None: whether a parameter changed is known on the device only, and read by the writer thread."""
+        stream = self._enter()
+        live = torch.cat([p.detach().reshape(-1) for p in self._params]).to(self._last.dtype)
+        buffer.changed[index : index + 1].copy_((live != self._last).any().reshape(1), non_blocking=True)
+        self._done.record(stream)
+        return None
+
+    def seal(self, buffer: ChunkBuffer) -> None:
+        """An event of the buffer's own: the shared one moves on with the next row."""
+        buffer.ready = torch.cuda.Event()
+        buffer.ready.record(self._enter())
+
+    def _enter(self) -> torch.cuda.Stream:
+        """The current stream, made to wait for our last work: the user may have changed streams since."""
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(self._done)
+        return stream
+
+
+def changed_message(step: int, name: str | None = None) -> str:
+    """The parameters are not what the last step left."""
+    what = "parameters were" if name is None else f"parameter '{name}' was"
+    return (
+        f"step {step}: {what} changed after the step before by something else than optimizer.step() (loading weights, "
+        "clipping or averaging them, .data, a second optimizer), which the log cannot explain; "
+        "the steps before are in the log"
+    )
+
+
+def nonfinite_message(step: int, name: str) -> str:
+    """A step left NaN or infinity; step −1 is before the first."""
+    when = f"step {step} left" if step >= 0 else "the run begins with"
+    return f"{when} NaN or infinity in parameter '{name}'; the log ends before it"
+
+
+class BackgroundWriter:
+    """The thread that writes chunks and manifests in order. The first error ends the log; `check` raises it as LogError.
+
+    Once failed it only hands buffers back, so that nobody waits for it in vain.
+    """
+
+    def __init__(self, log: LogWriter, header: Header, make_buffer: Callable[[], ChunkBuffer], num_buffers: int) -> None:
+        self._log, self._header = log, header
+        self._make_buffer, self._num_buffers = make_buffer, num_buffers
+        self._jobs: queue.SimpleQueue[tuple[ChunkBuffer | None, dict[str, int], bool] | None] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[ChunkBuffer | None] = queue.SimpleQueue()
+        self._error: str | None = None
+        self._thread = threading.Thread(target=self._run, name="dit_fast log writer", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what went wrong, again at every call."""
+        if self._error is not None:
+            raise LogError(self._error)
+
+    def take(self) -> ChunkBuffer:
+        """An empty buffer; waits for the disk where all are full."""
+        buffer = self._free.get()
+        if buffer is None:
+            self._free.put(None)
+            raise LogError(self._error)
+        return buffer
+
+    def put(self, buffer: ChunkBuffer, marks: Mapping[str, int]) -> None:
+        """Write this chunk; its buffer is free again afterwards."""
+        self._jobs.put((buffer, dict(marks), False))
+
+    def put_marks(self, marks: Mapping[str, int], complete: bool = False) -> None:
+        """Write the manifest with these marks."""
+        self._jobs.put((None, dict(marks), complete))
+
+    def join(self) -> None:
+        """Wait until everything put so far is on disk and end the thread."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            for _ in range(self._num_buffers):
+                self._free.put(self._make_buffer())
+        except Exception as error:
+            self._error = f"no memory for the buffers of the log at {self._log.path} ({error}); use smaller chunk_bytes"
+            self._free.put(None)
+        while (job := self._jobs.get()) is not None:
+            buffer, marks, complete = job
+            try:
+                if self._error is None and buffer is not None:
+                    self._write_chunk(buffer, marks)
+                elif self._error is None:
+                    self._log.update(marks, complete)
+            except LogError as error:
+                self._error = str(error)
+            except Exception as error:  # whatever it is must reach the user, who does not see this thread
+                reason = (isinstance(error, OSError) and error.strerror) or repr(error)
+                self._error = f"cannot write the log at {self._log.path}: {reason}; it holds {self._log.num_steps} steps"
+            if buffer is not None:
+                buffer.steps = []
+                self._free.put(buffer)
+
+    def _write_chunk(self, buffer: ChunkBuffer, marks: Mapping[str, int]) -> None:
+        """The longest sound beginning of the chunk; LogError where that is not all of it."""
+        if buffer.ready is not None:
+            buffer.ready.synchronize()
+        start, keep, problem = self._log.num_steps, len(buffer.steps), None
+        changed = buffer.changed[: keep + 1].nonzero()
+        if len(changed):
+            keep = int(changed[0])
+            problem = changed_message(start + keep)
+        if bad := first_nonfinite(buffer.rows[: keep + 1]):
+            keep = max(bad[0] - 1, 0)
+            problem = nonfinite_message(start + bad[0] - 1, self._header.name_at(bad[1]))
+        if keep:
+            self._log.add_chunk(buffer.rows[: keep + 1], buffer.steps[:keep], marks)
+        if problem:
+            raise LogError(problem)

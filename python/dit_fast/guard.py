@@ -1,0 +1,114 @@
+"""The guard: a problem that does not reproduce the log is refused before anything is computed from it (design §2)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dit_fast.errors import UnsupportedError
+from dit_fast.optimizers import SGD
+from dit_fast.problem import Evaluator, Params
+
+# a step must be met within this share of its length, beside the rounding of the parameters themselves
+STEP_TOLERANCE = 1e-4
+
+
+def check_problem(ev: Evaluator, last: int) -> None:
+    """Replay the first, the middle and the last step before `last` through the problem; ValueError where one is missed.
+
+    Raises UnsupportedError for a per-sample loss that depends on the rest of its batch.
+    """
+    _check_samples_are_independent(ev)
+    for t in sorted({0, last // 2, last - 1}):
+        logged = {name: value.to(ev.device, ev.dtype) for name, value in ev.trajectory.params(t + 1).items()}
+        params = ev.params(t)
+        predicted = replay_step(ev, t, params)
+        error = _norm({name: predicted[name] - logged[name] for name in logged})
+        step = _norm({name: logged[name] - params[name] for name in logged})
+        rounding = _norm({name: _ulp(value) for name, value in ev.trajectory.params(t).items()})
+        if not error <= rounding + STEP_TOLERANCE * step:
+            cause = _likely_cause(ev, t, params, predicted, logged)
+            raise ValueError(
+                f"the problem does not reproduce step {t} of the log: its step is off by {error:.2g} where "
+                f"{rounding + STEP_TOLERANCE * step:.2g} is rounding and the step's length is {step:.2g}. {cause} "
+                "(check=False skips this test, at the price of scores of another run)"
+            )
+
+
+def replay_step(ev: Evaluator, t: int, params: Params) -> Params:
+    """θ[t+1] from θ[t], by the problem's gradient and the optimizer's rule."""
+    gradient = batch_gradient(ev, t, params)
+    settings, groups = ev.trajectory.settings(t), ev.trajectory.groups
+    return {name: SGD.forward(value, gradient[name], settings[groups[name]]) for name, value in params.items()}
+
+
+def batch_gradient(ev: Evaluator, t: int, params: Params) -> Params:
+    """g_t = Σ_b a_b ∇ℓ_b(θ), the l2 part included, over the micro-batches of step t."""
+    inputs = {name: value.detach().requires_grad_() for name, value in params.items()}
+    gradient = {name: torch.zeros_like(value) for name, value in params.items()}
+    for batch in ev.batches(t):
+        total = (batch.coefficients * ev.losses(inputs, batch)).sum()
+        if total.requires_grad:
+            flat = torch.autograd.grad(total, list(inputs.values()), allow_unused=True)
+            for name, piece in zip(inputs, flat, strict=True):
+                gradient[name] += 0 if piece is None else piece
+        for name, value in params.items():
+            gradient[name] += ev.l2 * batch.coefficients.sum() * value
+    return gradient
+
+
+def _check_samples_are_independent(ev: Evaluator) -> None:
+    params, whole = ev.params(0), ev.batches(0)[0]
+    half = len(whole.ids) // 2
+    if not half:
+        return
+    part = ev.batch(0, whole.ids[:half], whole.coefficients[:half].cpu())
+    with torch.no_grad():
+        together, alone = ev.losses(params, whole)[:half], ev.losses(params, part)
+    scale = together.abs().max().clamp_min(1e-6)
+    if not (together - alone).abs().max() <= (1e-3 if ev.dtype == torch.float32 else 1e-8) * scale:
+        raise UnsupportedError(
+            "the per-sample losses depend on the other samples of the batch (or on chance): a sample then has no influence "
+            "of its own; use a loss and a model that treat every sample alone"
+        )
+
+
+def _likely_cause(ev: Evaluator, t: int, params: Params, predicted: Params, logged: Params) -> str:
+    moved, expected = _flat(logged, params), _flat(predicted, params)
+    error, theta = expected - moved, _flat(params)
+    size = ev.trajectory.batch_ids(t).numel()
+    if not torch.isfinite(expected).all():
+        return "The problem's gradient holds NaN or infinity."
+    if _cosine(moved, expected) > 0.9999:
+        ratio = float(moved.norm() / expected.norm())
+        guess = "the learning rate, the loss's scale or clipping of gradients"
+        if math.isclose(ratio, size, rel_tol=1e-2) or math.isclose(ratio, 1 / size, rel_tol=1e-2):
+            guess = f"sum or mean ({size} samples in the batch): the Recorder's reduction"
+        elif ratio < 1:
+            guess = "gradients clipped before the step, or the loss's scale"
+        return f"The logged step has the same direction and is {ratio:.4g} times as long: likely {guess}."
+    if abs(_cosine(error, theta)) > 0.999:
+        rate = float(ev.trajectory.settings(t)[0]["lr"])
+        missing = float(error @ theta / (theta @ theta)) / rate / float(ev.trajectory.coefficients(t).sum())
+        return f"The difference is proportional to the parameters: likely l2={ev.l2 + missing:.3g} where it is {ev.l2:.3g}."
+    return (
+        "Likely: the ids are in another order or of another data set, another loss or l2, random augmentation, "
+        "gradients clipped or changed before the step, autocast."
+    )
+
+
+def _flat(values: Params, minus: Params | None = None) -> Tensor:
+    return torch.cat([(v if minus is None else v - minus[n]).flatten().double() for n, v in values.items()])
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return float(a @ b / (a.norm() * b.norm()).clamp_min(1e-300))
+
+
+def _norm(values: Params) -> float:
+    return math.sqrt(sum(float(value.double().square().sum()) for value in values.values()))
+
+
+def _ulp(value: Tensor) -> Tensor:
+    size = value.abs()
+    return torch.nextafter(size, torch.full_like(size, torch.inf)) - size

@@ -1,0 +1,243 @@
+"""The log's format and how it is written; log_reader.py reads it (design §4).
+
+A directory of `manifest.json` and `chunk-NNNNNN.safetensors`, readable with json and safetensors alone. A chunk holds n
+consecutive steps and stands alone:
+
+    params        [n+1, P]            θ before each step and after the last, flat in the manifest's order of parameters,
+                                      in their widest dtype
+    batch_ids     int64 [ΣB]          the ids of all steps, one after the other
+    coefficients  float64 [ΣB]        their a_b
+    micro_sizes   int64 [Σcounts]     the sizes of the micro-batches; one, B, for an ordinary step
+    micro_counts  int64 [n]           micro-batches per step
+    settings      float64 [n, groups, settings]    in the order of the manifest's `setting_names`
+
+The manifest names every finished chunk with its sha256 and carries its own, over its canonical JSON without that key.
+Files are written aside, fsynced and renamed, so that a reader sees whole files or none; what the manifest does not name
+is ignored.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dit_fast import optimizers
+from dit_fast.errors import LogError
+from dit_fast.optimizers import SGD
+
+FORMAT, VERSION = "dit_fast log", 1
+MANIFEST, CONSTANTS = "manifest.json", "constants.safetensors"
+
+# pieces small enough to be hashed and written out of the cache
+_PIECE = 4 << 20
+_CODES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is said once about a run; None = not known, as in runs made from arrays.
+
+    parameters: name → (shape, dtype). groups: name → index of the parameter group. optimizer: one rule per group.
+    training_flags: module name → train or eval. constants: buffer name → value. frozen_digests: name → sha256 of the
+    parameters that were not trained (`modules.tensor_digest`). reduction: "mean" or "sum", for information.
+    """
+
+    parameters: dict[str, tuple[torch.Size, torch.dtype]]
+    groups: dict[str, int]
+    optimizer: tuple[SGD, ...]
+    num_samples: int | None = None
+    training_flags: dict[str, bool] | None = None
+    constants: dict[str, Tensor] | None = None
+    frozen_digests: dict[str, str] | None = None
+    reduction: str | None = None
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """The widest of the parameters' dtypes, exact for all of them."""
+        return torch.float64 if torch.float64 in {dtype for _, dtype in self.parameters.values()} else torch.float32
+
+    @property
+    def row_size(self) -> int:
+        """P."""
+        return sum(shape.numel() for shape, _ in self.parameters.values())
+
+    def split(self, row: Tensor) -> dict[str, Tensor]:
+        """A flat row [P] as name → tensor of its own shape and dtype, views where the dtype is the row's."""
+        pieces = row.split([shape.numel() for shape, _ in self.parameters.values()])
+        return {n: p.view(s).to(d) for p, (n, (s, d)) in zip(pieces, self.parameters.items(), strict=True)}
+
+    def name_at(self, position: int) -> str:
+        """The parameter that a position in a row belongs to."""
+        for name, (shape, _) in self.parameters.items():
+            position -= shape.numel()
+            if position < 0:
+                return name
+        raise IndexError(position)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step was made of: ids [B] int64, coefficients a [B] float64, the sizes of its micro-batches (sum B), and
+    the settings of the optimizer [groups][settings] in the order of `setting_names`."""
+
+    ids: Tensor
+    coefficients: Tensor
+    micro_sizes: tuple[int, ...]
+    settings: list[list[float]]
+
+
+def as_doubles(values: Any) -> Tensor:
+    """A float64 copy on the CPU; through numpy, because torch reads Python floats as float32."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().numpy()
+    return torch.from_numpy(np.array(values, dtype=np.float64))
+
+
+def first_nonfinite(rows: Tensor) -> tuple[int, int] | None:
+    """(row, column) of the first NaN or infinity in rows [n, P]; None where there is none."""
+    values = rows.numpy()
+    with np.errstate(all="ignore"):  # sums first, because they need no [n, P] of flags; they may overflow themselves
+        suspects = np.flatnonzero(~np.isfinite(values.sum(axis=1)))
+    for row in suspects:
+        bad = np.flatnonzero(~np.isfinite(values[row]))
+        if len(bad):
+            return int(row), int(bad[0])
+    return None
+
+
+def claim_directory(path: Path, overwrite: bool) -> None:
+    """Make the directory; LogError where it holds a log, or delete that log and nothing else."""
+    patterns = (MANIFEST, "chunk-??????.safetensors", CONSTANTS)
+    names = [*patterns, *(f".{pattern}.partial" for pattern in patterns)]
+    try:
+        files = [file for name in names for file in sorted(path.glob(name))]
+        if files and not overwrite:
+            raise LogError(f"{path} holds a log already; choose another path, or pass overwrite=True to delete that log")
+        path.mkdir(parents=True, exist_ok=True)
+        for file in files:  # the manifest first: without it the rest is no log
+            file.unlink()
+    except OSError as error:
+        raise LogError(f"cannot write a log at {path}: {error.strerror or error}") from error
+
+
+class LogWriter:
+    """Writes a log chunk by chunk; whatever is on disk at any moment is a whole log. Raises OSError."""
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self.path = path
+        self._chunks: list[dict[str, Any]] = []
+        names = optimizers.RULES[optimizers.to_json(header.optimizer)["kind"]].setting_names
+        constants = safetensors.torch.save({n: v.contiguous() for n, v in (header.constants or {}).items()})
+        digest, _ = _write_file(path / CONSTANTS, [constants])
+        self._head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "parameters": [
+                {"name": n, "shape": list(s), "dtype": str(d).removeprefix("torch."), "group": header.groups[n]}
+                for n, (s, d) in header.parameters.items()
+            ],
+            "optimizer": optimizers.to_json(header.optimizer),
+            "setting_names": list(names),
+            "num_samples": header.num_samples,
+            "reduction": header.reduction,
+            "training_flags": header.training_flags,
+            "constants": {"file": CONSTANTS, "sha256": digest},
+            "frozen": header.frozen_digests,
+            "versions": {"dit_fast": _own_version(), "torch": torch.__version__},
+        }
+        self.update({}, complete=False)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in finished chunks."""
+        return sum(chunk["steps"] for chunk in self._chunks)
+
+    def add_chunk(self, rows: Tensor, steps: list[Step], marks: Mapping[str, int]) -> None:
+        """The next len(steps) steps and their rows [len(steps)+1, P]."""
+        tensors = {
+            "coefficients": torch.cat([step.coefficients for step in steps]),
+            "batch_ids": torch.cat([step.ids for step in steps]),
+            "micro_sizes": torch.tensor([size for step in steps for size in step.micro_sizes], dtype=torch.int64),
+            "micro_counts": torch.tensor([len(step.micro_sizes) for step in steps], dtype=torch.int64),
+            "settings": torch.tensor([step.settings for step in steps], dtype=torch.float64),
+            "params": rows,
+        }
+        file = chunk_name(len(self._chunks))
+        digest, size = _write_file(self.path / file, _safetensors(tensors))
+        row = {"file": file, "start": self.num_steps, "steps": len(steps), "sha256": digest, "bytes": size}
+        self._chunks.append(row | {"max_id": int(tensors["batch_ids"].max())})
+        self.update(marks, complete=False)
+
+    def update(self, marks: Mapping[str, int], complete: bool) -> None:
+        """Write the manifest anew."""
+        body = self._head | {"marks": dict(marks), "chunks": self._chunks, "complete": complete}
+        text = json.dumps(body | {"sha256": canonical_digest(body)}, indent=1, allow_nan=False)
+        _write_file(self.path / MANIFEST, [text.encode()])
+
+
+def _write_file(path: Path, buffers: Iterable[Any]) -> tuple[str, int]:
+    """Write the whole file or nothing: aside, fsync, rename, fsync of the folder. → (sha256, bytes)."""
+    aside = path.with_name(f".{path.name}.partial")
+    digest, size = hashlib.sha256(), 0
+    try:
+        with open(aside, "wb", buffering=0) as file:
+            for buffer in buffers:
+                whole = memoryview(buffer).cast("B")
+                for at in range(0, len(whole), _PIECE):
+                    piece = whole[at : at + _PIECE]
+                    digest.update(piece)
+                    size += len(piece)
+                    while piece:
+                        piece = piece[file.write(piece) :]
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    return digest.hexdigest(), size
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> list[Any]:
+    """The file as a header and the tensors' own memory; safetensors.save would copy it all while holding the GIL."""
+    entries: dict[str, Any] = {}
+    at = 0
+    for name, tensor in tensors.items():
+        end = at + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    head = json.dumps(entries).encode()
+    head += b" " * (-len(head) % 8)
+    return [len(head).to_bytes(8, "little") + head, *(tensor.contiguous().reshape(-1).numpy() for tensor in tensors.values())]
+
+
+def chunk_name(number: int) -> str:
+    """The file of chunk `number`, counted from 0."""
+    return f"chunk-{number:06d}.safetensors"
+
+
+def canonical_digest(body: Mapping[str, Any]) -> str:
+    """sha256 of JSON without white space and with sorted keys: what a manifest says, however it is laid out."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _own_version() -> str:
+    try:
+        return version("dit_fast")
+    except PackageNotFoundError:  # run from the source tree
+        return "unknown"

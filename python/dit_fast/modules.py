@@ -1,0 +1,80 @@
+"""What dit_fast asks of a torch module: the module under its wrappers, its trainable parameters, what it refuses."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from dit_fast.errors import UnsupportedError
+
+
+def inner_module(model: nn.Module) -> nn.Module:
+    """The user's module under DataParallel, DistributedDataParallel and torch.compile, whose names the log uses."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        else:
+            inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def trainable_parameters(model: nn.Module, optimized: Iterable[torch.Tensor] | None = None) -> dict[str, nn.Parameter]:
+    """name → parameter, tied parameters once under their first name; only those in `optimized` where it is given."""
+    wanted = None if optimized is None else {id(p) for p in optimized}
+    named = inner_module(model).named_parameters()
+    return {name: p for name, p in named if p.requires_grad and (wanted is None or id(p) in wanted)}
+
+
+def training_flags(model: nn.Module) -> dict[str, bool]:
+    """module name → its `training` flag, "" for the module itself."""
+    return {name: module.training for name, module in inner_module(model).named_modules()}
+
+
+def set_training_flags(model: nn.Module, flags: dict[str, bool]) -> None:
+    """Put back what `training_flags` returned; modules it does not name keep theirs."""
+    for name, module in inner_module(model).named_modules():
+        if name in flags:
+            module.training = flags[name]
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """Raise UnsupportedError for modules whose per-sample loss depends on the rest of the batch or on chance.
+
+    Called with the flags of training set: batch normalization and dropout are fine in eval mode.
+    """
+    for name, module in inner_module(model).named_modules():
+        where = f"{type(module).__name__} '{name}'"
+        if not module.training:
+            continue
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UnsupportedError(
+                f"{where} is in train mode: it couples the samples of a batch, so a single sample has no loss of its "
+                "own; use GroupNorm or LayerNorm, or train with this module in eval mode"
+            )
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
+            raise UnsupportedError(f"{where} updates running statistics in train mode; use track_running_stats=False")
+        if _dropout_rate(module) > 0:
+            raise UnsupportedError(
+                f"{where} drops at random in train mode and its masks are not in the log; "
+                "set its rate to 0 or train with this module in eval mode"
+            )
+
+
+def _dropout_rate(module: nn.Module) -> float:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return float(module.p)
+    if isinstance(module, nn.RNNBase):
+        return float(module.dropout) if module.num_layers > 1 else 0.0
+    if isinstance(module, nn.MultiheadAttention):
+        return float(module.dropout)
+    return 0.0
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """sha256 of a tensor's dtype, shape and bytes, by which a log knows parameters that were not trained."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    head = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
+    return hashlib.sha256(head + flat.numpy().tobytes()).hexdigest()

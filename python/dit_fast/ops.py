@@ -1,0 +1,185 @@
+"""The compiled ops: checks, device and stream here, arithmetic in csrc. The only module that imports `_C`.
+
+Each op works in place on torch tensors and has a plain-torch twin of the same name in dit_fast.ops_torch.
+Alphabet: K adjoint columns, B batch, S positions in a sequence, O/I out and in features. Tensors are float32 or
+float64, all of one dtype, except `dots` and `coefficients`, which are always float64. All lie on one device; the last
+dimension is contiguous, every other stride is free. Autograd does not see what the ops do.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dit_fast._C as _C
+
+Operand = tuple[int, tuple[int, int]]
+
+_DTYPES = (torch.float32, torch.float64)
+_NO_OPERAND: Operand = (0, (0, 0))
+
+
+def grad_dot(dots: Tensor, delta: Tensor, activations: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Inner products of K directions with the gradients of B samples, for one linear layer, added to `dots`.
+
+        dots[k,b] += Σ_s ( Σ_o Σ_i δ[b,s,o] U[k,o,i] a[b,s,i] + Σ_o δ[b,s,o] v[k,o] )
+
+    Args:
+        dots: [K, B] float64, accumulated into. Sums are in double; each Σ_i is of the operands' dtype.
+        delta: δ [B, S, O], gradients of each sample's loss with respect to the layer's output.
+        activations: a [B, S, I], the layer's inputs.
+        weight: U [K, O, I], one direction per column.
+        bias: v [K, O], or None for a layer without bias.
+
+    Raises:
+        TypeError: an argument is no tensor or of the wrong dtype.
+        ValueError: a shape, a device or a stride does not fit; the message names the argument.
+        RuntimeError: CUDA tensors where the CUDA part is not compiled.
+    """
+    sizes = _sizes(delta, activations, weight)
+    K, B, _, O, _ = sizes
+    _check("delta", delta, weight)
+    _check("activations", activations, weight)
+    _check("weight", weight, weight)
+    _check_shape("dots", dots, (K, B), "[K, B]")
+    _check("dots", dots, weight, torch.float64)
+    _check_written("dots", dots)
+    if bias is not None:
+        _check_shape("bias", bias, (K, O), "[K, O]")
+        _check("bias", bias, weight)
+    operands = [_operand(x) for x in (dots, delta, activations, weight, bias)]
+    _launch("grad_dot", weight, sizes, operands)
+    torch.autograd.graph.increment_version(dots)
+
+
+def lowrank_update(weight: Tensor, bias: Tensor | None, coefficients: Tensor, delta: Tensor, activations: Tensor) -> None:
+    """A weighted sum of B samples' gradients, added to each of K directions, for one linear layer.
+
+        U[k,o,i] += Σ_b c[k,b] Σ_s δ[b,s,o] a[b,s,i]        v[k,o] += Σ_b c[k,b] Σ_s δ[b,s,o]
+
+    Args:
+        weight: U [K, O, I], accumulated into.
+        bias: v [K, O], accumulated into, or None for a layer without bias.
+        coefficients: c [K, B] float64, any sign; no mean is taken.
+        delta: δ [B, S, O], gradients of each sample's loss with respect to the layer's output.
+        activations: a [B, S, I], the layer's inputs.
+
+    Raises:
+        TypeError: an argument is no tensor or of the wrong dtype.
+        ValueError: a shape, a device or a stride does not fit; the message names the argument.
+        RuntimeError: CUDA tensors where the CUDA part is not compiled.
+    """
+    sizes = _sizes(delta, activations, weight)
+    K, B, _, O, _ = sizes
+    _check("delta", delta, weight)
+    _check("activations", activations, weight)
+    _check("weight", weight, weight)
+    _check_written("weight", weight)
+    _check_shape("coefficients", coefficients, (K, B), "[K, B]")
+    _check("coefficients", coefficients, weight, torch.float64)
+    if bias is not None:
+        _check_shape("bias", bias, (K, O), "[K, O]")
+        _check("bias", bias, weight)
+        _check_written("bias", bias)
+    operands = [_operand(x) for x in (weight, bias, coefficients, delta, activations)]
+    _launch("lowrank_update", weight, sizes, operands)
+    torch.autograd.graph.increment_version([weight] if bias is None else [weight, bias])
+
+
+def build_info() -> dict[str, Any]:
+    """What was compiled and what is used: version, compilers, CUDA, BLAS, OpenMP, torch."""
+    return {
+        "version": _C.version,
+        "compiler": _C.compiler,
+        "openmp": _C.openmp,
+        "blas": _C.blas_name(),
+        "cuda_compiled": _C.cuda_compiled,
+        "cuda_compiler": _C.cuda_compiler,
+        "cuda_architectures": [a for a in _C.cuda_architectures.split(",") if a],
+        "cuda_available": torch.cuda.is_available(),
+        "torch": torch.__version__,
+    }
+
+
+def use_blas(allowed: bool) -> bool:
+    """Allow the BLAS that torch has loaded (the default) or force the built-in product; whether BLAS is now in use.
+
+    A switch for the whole process, for tests and for the day when torch hides its BLAS.
+    """
+    return bool(_C.use_blas(allowed))
+
+
+def _sizes(delta: Tensor, activations: Tensor, weight: Tensor) -> tuple[int, int, int, int, int]:
+    """K, B, S, O, I, after checking that the three 3-dimensional operands agree on them."""
+    for name, tensor, shape in (("weight", weight, "[K, O, I]"), ("delta", delta, "[B, S, O]")):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor {shape}, got {type(tensor).__name__}")
+        if tensor.ndim != 3:
+            raise ValueError(f"{name} must have shape {shape}, got {list(tensor.shape)}")
+    K, O, I = weight.shape
+    B, S, outputs = delta.shape
+    if outputs != O:
+        raise ValueError(f"delta must have shape [B, S, O] with O = {O} as in weight, got {list(delta.shape)}")
+    _check_shape("activations", activations, (B, S, I), "[B, S, I]")
+    return K, B, S, O, I
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor {letters}, got {type(tensor).__name__}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {letters} = {list(shape)}, got {list(tensor.shape)}")
+
+
+def _check(name: str, tensor: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Dtype, device and layout; `dtype` None means that of weight, which must be one the ops know."""
+    wanted = dtype or weight.dtype
+    if wanted not in _DTYPES:
+        raise TypeError(f"weight must be float32 or float64, got {_short(wanted)}")
+    if tensor.dtype != wanted:
+        why = "" if dtype else " as weight is"
+        raise TypeError(f"{name} must be {_short(wanted)}{why}, got {_short(tensor.dtype)}")
+    if tensor.device != weight.device:
+        raise ValueError(f"{name} must be on {weight.device} as weight is, got {tensor.device}")
+    if tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
+        raise ValueError(f"{name} must be a plain dense tensor")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {list(tensor.stride())}")
+
+
+def _check_written(name: str, tensor: Tensor) -> None:
+    """No element may be reached by two indices: sorted by stride, each dimension must step over the ones before."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                raise ValueError(f"{name} is written to and must not overlap itself, got strides {list(tensor.stride())}")
+            reach += stride * (size - 1)
+
+
+def _operand(tensor: Tensor | None) -> Operand:
+    """Address and the strides of all dimensions but the last."""
+    if tensor is None:
+        return _NO_OPERAND
+    stride = tensor.stride()
+    return tensor.data_ptr(), (stride[0], stride[1] if len(stride) == 3 else 0)
+
+
+def _launch(op: str, weight: Tensor, sizes: tuple[int, ...], operands: list[Operand]) -> None:
+    twice = weight.dtype == torch.float64
+    if weight.device.type == "cpu":
+        getattr(_C, f"{op}_cpu")(twice, sizes, *operands, torch.get_num_threads())
+    elif weight.device.type == "cuda":
+        if not _C.cuda_compiled:
+            raise RuntimeError(
+                "dit_fast was built for the CPU alone: put nvcc on PATH and rebuild with "
+                "'CMAKE_ARGS=-DDIT_FAST_CUDA=ON pip install --force-reinstall --no-deps .'"
+            )
+        device = weight.device.index
+        getattr(_C, f"{op}_cuda")(twice, sizes, *operands, device, torch.cuda.current_stream(device).cuda_stream)
+    else:
+        raise ValueError(f"weight must be on a cpu or cuda device, got {weight.device}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

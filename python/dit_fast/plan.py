@@ -1,0 +1,121 @@
+"""What a score will cost, and how it is cut to fit: bytes, columns per sweep, columns per pull."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_fast.linearize import Hessian, Mode, linearize
+from dit_fast.problem import Batch, Evaluator, Params
+from dit_fast.trajectory import Window
+
+# blocks of P numbers a column holds at once: U, its cotangent and the Hessian product
+BLOCKS_PER_COLUMN = 3
+# saved activations a column of a pull adds, as multiples of those of the primal graph (tangents and their cotangents)
+GRAPHS_PER_COLUMN = 3
+# shares of the budget for the blocks of a sweep and for the activations of a pull
+BLOCK_SHARE, PULL_SHARE = 0.5, 0.4
+
+# a graph that saves more than this no longer shares the CPU's caches between columns: one column at a time is then as
+# fast as or faster than all at once, and smaller (`bench/bench_linearize.py`)
+CACHED_GRAPH_BYTES = 2 * 2**20
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One adjoint column: query value `query`, joining at `stop`; q(start) is subtracted at `start` where it is given."""
+
+    query: int
+    stop: int
+    start: int | None = None
+
+
+def columns(windows: Sequence[Window], num_queries: int) -> tuple[list[Column], Tensor]:
+    """The columns to sweep, latest stop first, and the matrix [W·Q, K] that makes the windows' scores from theirs.
+
+    One column per (window, query), or per (distinct non-zero endpoint, query) with S[t1, t2) = S(t2) − S(t1), whichever
+    are fewer.
+    """
+    endpoints = sorted({t for w in windows for t in (w.start, w.stop)} - {0}, reverse=True)
+    queries = range(num_queries)
+    if len(endpoints) < len(windows):
+        made = [Column(q, stop) for stop in endpoints for q in queries]
+    else:
+        spans = sorted({(w.stop, w.start) for w in windows}, reverse=True)
+        made = [Column(q, stop, start) for stop, start in spans for q in queries]
+    position = {column: k for k, column in enumerate(made)}
+    mix = torch.zeros(len(windows) * num_queries, len(made), dtype=torch.float64)
+    for i, window in enumerate(windows):
+        for q in queries:
+            row = i * num_queries + q
+            if len(endpoints) < len(windows):
+                mix[row, position[Column(q, window.stop)]] += 1
+                if window.start:
+                    mix[row, position[Column(q, window.start)]] -= 1
+            else:
+                mix[row, position[Column(q, window.stop, window.start)]] = 1
+    return made, mix
+
+
+def memory_budget(budget: int | float | str | None, device: torch.device) -> int:
+    """Bytes from a number or "2GiB", "500 MB"; None: 0.6 of what is free on the device now."""
+    if budget is None:
+        if device.type == "cuda":
+            return int(0.6 * torch.cuda.mem_get_info(device)[0])
+        return int(0.6 * _free_host_memory())
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*([A-Za-z]*)\s*", budget)
+        unit = match[2].upper().removesuffix("B") if match else None
+        if match is None or unit not in _UNITS:
+            raise ValueError(f"memory_budget {budget!r} is not understood: give bytes or a string such as '2GiB'")
+        budget = float(match[1]) * _UNITS[unit]
+    if not budget > 0:
+        raise ValueError(f"memory_budget must be positive, got {budget}")
+    return int(budget)
+
+
+def columns_per_sweep(budget: int, num_parameters: int, num_samples: int, itemsize: int) -> int:
+    """How many columns travel together; ValueError where not even one fits."""
+    one = BLOCKS_PER_COLUMN * num_parameters * itemsize + 8 * num_samples
+    if one > budget:
+        raise ValueError(f"one column needs {format_bytes(one)}, more than memory_budget = {format_bytes(budget)}")
+    return max(1, int(BLOCK_SHARE * budget) // one)
+
+
+def columns_per_pull(budget: int, ev: Evaluator, params: Params, batch: Batch, hessian: Hessian, mode: Mode) -> int:
+    """How many columns go through one batch's graph together, from the bytes that graph saves for its backward."""
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        linearize(ev, params, batch, hessian, mode)
+    graph = max(sum(saved.values()), 1)
+    if ev.device.type == "cpu" and graph > CACHED_GRAPH_BYTES:
+        return 1
+    return max(1, int(PULL_SHARE * budget) // (GRAPHS_PER_COLUMN * graph))
+
+
+def format_bytes(size: float) -> str:
+    """123456789 → "118 MiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"
+
+
+def _free_host_memory() -> int:
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return 1024 * int(fields["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

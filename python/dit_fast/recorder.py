@@ -1,0 +1,333 @@
+"""Recorder: logs a training run from the optimizer's own step hooks (the format: log.py)."""
+
+import atexit
+import math
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_fast import modules, optimizers
+from dit_fast.data import as_ids
+from dit_fast.errors import LogError, UnsupportedError
+from dit_fast.log import Step, as_doubles, claim_directory
+from dit_fast.recording import Recording, Source
+
+_recorded_optimizers: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
+_recorded_paths: set[Path] = set()
+
+
+class Recorder:
+    """Logs every step of a training run: parameters, the samples of each batch, and the optimizer's settings.
+
+        with Recorder("runs/mine", model, optimizer) as recorder:
+            for ids, x, y in loader:
+                optimizer.zero_grad(); loss_fn(model(x), y).mean().backward()
+                with recorder.step(ids):
+                    optimizer.step()
+
+    It listens through the optimizer's step hooks; `step` and `batch` only name the samples, and an optimizer.step()
+    without named samples is an error. One rule holds for both: optimizer.step() logs the samples named since the step
+    before. `with recorder.step(ids)` names one batch and checks that exactly one step follows; for gradient accumulation
+    call `batch(ids, scale=1/M)` once per backward and then optimizer.step(), by itself or within `with recorder.step():`.
+
+    path: a directory, made if need be. An existing log there is refused; overwrite=True deletes it (its own files only).
+    model: its trainable parameters that `optimizer` holds are logged, float32 or float64, on the CPU or one GPU. Its
+        buffers are logged once, of its other parameters a hash; both must stay as they are.
+    optimizer: torch.optim.SGD without momentum, any number of parameter groups, any schedule of rates and weight decay.
+    reduction: how the loss given to backward() was reduced over the batch: "mean", a_b = scale / B, or "sum", a_b = scale.
+    num_samples: N; ids at or above it are refused. None = not known.
+    chunk_bytes: size of a chunk on disk and of its buffer in memory; 4 to 512 steps are kept to a chunk in any case.
+    queue_chunks: full chunks that may wait for the disk; when there are more, the training loop waits. The Recorder holds
+        queue_chunks + 1 buffers, pinned where the parameters are on a GPU.
+    overwrite: see path.
+
+    Nothing of the training is touched: no random numbers, gradients, flags. What score() would refuse is refused at the
+    first step: UnsupportedError for models and optimizers, ValueError and TypeError for arguments, LogError for what
+    happened to the run or to the disk; all name the step. Errors of the writing thread are raised by the next call. In
+    any case the finished steps are written on exit. A killed run leaves a log of its finished chunks; a run without a
+    step leaves none.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        reduction: str = "mean",
+        num_samples: int | None = None,
+        chunk_bytes: int = 64 << 20,
+        queue_chunks: int = 2,
+        overwrite: bool = False,
+    ) -> None:
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
+        for name, value in (("chunk_bytes", chunk_bytes), ("queue_chunks", queue_chunks), ("num_samples", num_samples)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self._rules = optimizers.from_torch(optimizer)
+        if optimizer in _recorded_optimizers:
+            raise LogError("this optimizer is being recorded already; close() the other Recorder first")
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise UnsupportedError("training in several processes cannot be logged yet")
+        self._model, self._optimizer = modules.inner_module(model), optimizer
+        self._reduction, self._num_samples = reduction, num_samples
+        self._chunk_bytes, self._queue_chunks = chunk_bytes, queue_chunks
+        self._held = _held_parameters(optimizer)
+        self._params = modules.trainable_parameters(model, self._held)
+        _check_parameters(self._model, self._params, self._held)
+
+        self.path = Path(path)
+        if self.path.resolve() in _recorded_paths:
+            raise LogError(f"another Recorder writes to {path}; close() it first or choose another path")
+        claim_directory(self.path, overwrite)
+        self._num_steps = 0
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._scope: _StepScope | None = None
+        self._settings: list[list[float]] | None = None
+        self._marks: dict[str, int] = {}
+        self._recording: Recording | None = None
+        self._pid, self._closed = os.getpid(), False
+        self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+        _recorded_optimizers.add(optimizer)
+        _recorded_paths.add(self.path.resolve())
+        self._at_exit = _closer(weakref.ref(self))
+        atexit.register(self._at_exit)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps logged so far, those still in memory included."""
+        return self._num_steps
+
+    def step(self, ids: Any = None, coefficients: Any = None) -> "_StepScope":
+        """`with recorder.step(ids): optimizer.step()`: exactly one step, made from these samples.
+
+        ids: integers [B], a tensor on any device (on the CPU there is nothing to wait for), array or list; an id may
+            occur several times. None: the samples named by `batch` before.
+        coefficients: a_b [B], the factor of each sample's loss in the loss given to backward(); None: by `reduction`.
+        """
+        self._check_open()
+        if ids is None and coefficients is not None:
+            raise ValueError(f"step {self._num_steps}: coefficients without ids")
+        return _StepScope(self, None if ids is None else self._read(ids, 1.0, coefficients))
+
+    def batch(self, ids: Any, scale: float = 1.0, coefficients: Any = None) -> None:
+        """Name the samples of one backward() of the next step; call it once for each where gradients are accumulated.
+
+        scale: the factor of this batch's loss, 1/M for M micro-batches whose losses are divided by M.
+        ids, coefficients: as in `step`; coefficients are multiplied by scale.
+        """
+        self._check_open()
+        self._pending.append(self._read(ids, scale, coefficients))
+
+    def mark(self, name: str) -> None:
+        """Name this moment, such as the end of an epoch: `windows="epochs"` are the steps between marks."""
+        self._check_open()
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"a mark's name must be a non-empty string, got {name!r}")
+        if name in self._marks:
+            raise ValueError(f"mark '{name}' was set before, at step {self._marks[name]}; names must differ")
+        self._marks[name] = self._num_steps
+        if self._recording is not None:
+            self._recording.writer.put_marks(self._marks)
+
+    def close(self) -> None:
+        """Write what is left and end the log; LogError if parameters changed since the last step or the disk failed."""
+        self._finish(complete=True)
+
+    def __enter__(self) -> "Recorder":
+        self._check_open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._finish(complete=error is None)
+        except LogError as own:
+            if error is None:
+                raise
+            if str(own) != str(error):  # the user's exception goes on, ours beside it
+                error.add_note(f"dit_fast.Recorder: {own}")
+
+    def _read(self, ids: Any, scale: float, coefficients: Any) -> tuple[Tensor, Tensor]:
+        where = f"step {self._num_steps}"
+        try:
+            batch = as_ids(ids, f"{where}: ids").clone()
+        except (TypeError, ValueError) as error:
+            if str(error).startswith(where):
+                raise
+            raise TypeError(f"{where}: ids must be integers [B]: {error}") from error
+        if not len(batch):
+            raise ValueError(f"{where}: ids is empty; leave out the step")
+        low, high = (int(end) for end in batch.aminmax())
+        if low < 0 or (self._num_samples is not None and high >= self._num_samples):
+            limit = "" if self._num_samples is None else f"..{self._num_samples - 1}"
+            raise ValueError(f"{where}: id {low if low < 0 else high} is outside the samples 0{limit}")
+        if not math.isfinite(scale):
+            raise ValueError(f"{where}: scale must be finite, got {scale}")
+        if coefficients is None:
+            return batch, torch.full(
+                (len(batch),), scale / (len(batch) if self._reduction == "mean" else 1), dtype=torch.float64
+            )
+        weights = as_doubles(coefficients)
+        if weights.shape != batch.shape or not torch.isfinite(weights).all():
+            raise ValueError(
+                f"{where}: coefficients must be finite, one per id: got {list(weights.shape)} for {len(batch)} ids"
+            )
+        return batch, weights * scale
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._elsewhere():
+            return
+        step, recording = self._num_steps, self._recording
+        if recording is not None:
+            recording.writer.check()
+        self._settings = None
+        if self._scope is not None and self._scope.done:
+            raise LogError(f"step {step}: a second optimizer.step() within one recorder.step()")
+        # a closure computes the gradients within the step, and may name its batches there
+        has_closure = any(callable(arg) for arg in (*args[1:], *kwargs.values()))
+        if not has_closure:
+            self._check_named()
+            self._check_gradients()
+        self._check_optimizer()
+        if recording is None:
+            self._recording = Recording(self.path, self._source(), self._chunk_bytes, self._queue_chunks)
+        else:
+            recording.check(step)
+        self._settings = optimizers.group_settings(optimizer, self._rules)
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        settings, self._settings = self._settings, None
+        if self._elsewhere() or settings is None or self._recording is None:
+            return
+        self._check_named()
+        self._check_gradients()
+        ids, coefficients = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
+        sizes = tuple(len(batch) for batch, _ in self._pending)
+        self._pending = []
+        if self._scope is not None:
+            self._scope.done = True
+        self._recording.add(Step(ids, coefficients, sizes, settings), self._marks)
+        self._num_steps += 1
+
+    def _source(self) -> Source:
+        groups = {name: self._held[p] for name, p in self._params.items()}
+        return Source(self._model, self._params, groups, self._rules, self._reduction, self._num_samples)
+
+    def _check_named(self) -> None:
+        if not self._pending:
+            raise LogError(
+                f"step {self._num_steps}: optimizer.step() without ids; call it within `with recorder.step(ids):` "
+                "or after recorder.batch(ids)"
+            )
+
+    def _check_gradients(self) -> None:
+        for name, p in self._params.items():
+            if p.grad is None:
+                group = self._optimizer.param_groups[self._held[p]]
+                if group["weight_decay"]:
+                    raise UnsupportedError(
+                        f"step {self._num_steps}: parameter '{name}' has no gradient, so that torch leaves out its weight "
+                        "decay; give it weight_decay=0 or zero gradients (zero_grad(set_to_none=False))"
+                    )
+            elif p.grad.layout != torch.strided:
+                raise UnsupportedError(f"step {self._num_steps}: parameter '{name}' has a sparse gradient; use sparse=False")
+
+    def _check_optimizer(self) -> None:
+        if _held_parameters(self._optimizer) != self._held:
+            raise LogError(f"step {self._num_steps}: the optimizer's parameters are not those it had when recording began")
+        try:
+            optimizers.from_torch(self._optimizer)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"step {self._num_steps}: {error}") from error
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise LogError(f"this Recorder belongs to process {self._pid}; it does not write from a forked one")
+        if self._closed:
+            raise LogError(f"the Recorder of {self.path} is closed")
+        if self._recording is not None:
+            self._recording.writer.check()
+
+    def _elsewhere(self) -> bool:
+        return self._closed or os.getpid() != self._pid
+
+    def _finish(self, complete: bool) -> None:
+        if self._elsewhere():
+            return
+        self._closed = True
+        for hook in self._hooks:
+            hook.remove()
+        atexit.unregister(self._at_exit)
+        _recorded_optimizers.discard(self._optimizer)
+        _recorded_paths.discard(self.path.resolve())
+        if self._recording is not None:
+            self._recording.finish(self._num_steps, self._marks, complete)
+
+
+class _StepScope:
+    """`with recorder.step(...)`: names its batch on entry, and wants exactly one step by the time it is left."""
+
+    def __init__(self, recorder: Recorder, batch: tuple[Tensor, Tensor] | None) -> None:
+        self._recorder, self._batch = recorder, batch
+        self.done = False
+
+    def __enter__(self) -> None:
+        recorder = self._recorder
+        recorder._check_open()
+        if recorder._scope is not None:
+            raise LogError(f"step {recorder.num_steps}: recorder.step() within another one")
+        if self._batch is not None:
+            if recorder._pending:
+                raise LogError(
+                    f"step {recorder.num_steps}: samples were named by recorder.batch() and again by recorder.step(ids); "
+                    "after batch() use `with recorder.step():`"
+                )
+            recorder._pending = [self._batch]
+        recorder._scope = self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        recorder = self._recorder
+        recorder._scope = None
+        if not self.done:
+            recorder._pending = []
+            if error is None:
+                raise LogError(f"step {recorder.num_steps}: recorder.step() ended without optimizer.step(); nothing was logged")
+
+
+def _held_parameters(optimizer: torch.optim.Optimizer) -> dict[Tensor, int]:
+    """The optimizer's parameters → index of their group."""
+    return {p: number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+
+
+def _check_parameters(model: nn.Module, params: dict[str, nn.Parameter], held: dict[Tensor, int]) -> None:
+    if not params:
+        raise ValueError("the optimizer holds no trainable parameter of the model")
+    own = set(model.parameters())
+    for p, group in held.items():
+        if p not in own:
+            raise ValueError(
+                f"the optimizer's parameter group {group} holds a parameter of shape {tuple(p.shape)} that is not the model's"
+            )
+    for name, p in params.items():
+        if p.dtype not in (torch.float32, torch.float64):
+            raise UnsupportedError(f"parameter '{name}' is {p.dtype}; float32 and float64 are supported")
+
+
+def _closer(recorder: "weakref.ref[Recorder]") -> Callable[[], None]:
+    """For the end of a program that forgot close(): what is finished is written, the log is not called complete."""
+
+    def close() -> None:
+        alive = recorder()
+        if alive is not None:
+            alive._finish(complete=False)
+
+    return close

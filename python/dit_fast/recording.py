@@ -1,0 +1,191 @@
+"""A run being recorded, from its first step on: what must stay as it is, and the parameters' way into chunks."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dit_fast import modules
+from dit_fast.background import (
+    BackgroundWriter,
+    ChunkBuffer,
+    DeviceRows,
+    HostRows,
+    changed_message,
+    nonfinite_message,
+)
+from dit_fast.errors import LogError, UnsupportedError
+from dit_fast.log import MANIFEST, Header, LogWriter, Step
+from dit_fast.optimizers import SGD
+
+# a chunk repeats one row of its neighbour, so not too few; a killed run loses the chunk it was filling, so not too many
+_MIN_STEPS, _MAX_STEPS = 4, 512
+
+
+class _Fixed:
+    """A tensor of the model that must not change: a buffer or a parameter that is not trained."""
+
+    def __init__(self, name: str, owner: Mapping[str, Tensor | None], key: str, is_buffer: bool) -> None:
+        self.name, self._owner, self._key = name, owner, key
+        tensor = owner[key]
+        assert tensor is not None
+        self.what = "buffer" if is_buffer else "frozen parameter"
+        self.value = tensor.detach().cpu().clone(memory_format=torch.contiguous_format) if is_buffer else None
+        self.digest = modules.tensor_digest(tensor)
+        self._seen = self._state(tensor)
+
+    def has_changed(self, by_value: bool = False) -> bool:
+        """Compared by value where its version moved or another tensor took its place, or on request."""
+        tensor = self._owner.get(self._key)
+        if tensor is None:
+            return True
+        state = self._state(tensor)
+        if state == self._seen and not by_value:
+            return False
+        self._seen = state
+        return modules.tensor_digest(tensor) != self.digest
+
+    @staticmethod
+    def _state(tensor: Tensor) -> tuple[int, int]:
+        return id(tensor), 0 if tensor.is_inference() else tensor._version
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is recorded: the user's module, its logged parameters and the parameter group of each, and what is known of
+    the run before it starts."""
+
+    model: nn.Module
+    params: dict[str, nn.Parameter]
+    groups: dict[str, int]
+    rules: tuple[SGD, ...]
+    reduction: str
+    num_samples: int | None
+
+
+class Recording:
+    """Made in front of the first step, whose parameters become row 0. Raises what the Recorder documents."""
+
+    def __init__(self, path: Path, source: Source, chunk_bytes: int, queue_chunks: int) -> None:
+        modules.refuse_unsupported(source.model)
+        self._params = source.params
+        self._modules = dict(source.model.named_modules())
+        self._flags = modules.training_flags(source.model)
+        self._fixed = _fixed_tensors(source.model, source.params)
+        self._header = header = Header(
+            parameters={name: (p.shape, p.dtype) for name, p in source.params.items()},
+            groups=source.groups,
+            optimizer=source.rules,
+            num_samples=source.num_samples,
+            training_flags=self._flags,
+            constants={f.name: f.value for f in self._fixed if f.value is not None},
+            frozen_digests={f.name: f.digest for f in self._fixed if f.value is None},
+            reduction=source.reduction,
+        )
+        self._device = _common_device(source.params)
+        params = list(source.params.values())
+        rows = self._rows = HostRows(header, params) if self._device.type == "cpu" else DeviceRows(header, params)
+        row_bytes = header.row_size * header.row_dtype.itemsize
+        capacity = min(max(chunk_bytes // max(row_bytes, 1) - 1, _MIN_STEPS), _MAX_STEPS)
+        if (path / MANIFEST).exists():
+            raise LogError(f"{path} holds a log by now: does another Recorder write there? choose another path")
+        try:
+            log = LogWriter(path, header)
+        except OSError as error:
+            raise LogError(f"cannot write the log at {path}: {error.strerror or error}") from error
+        # one buffer is being filled while the others are written or wait for it
+        self.writer = BackgroundWriter(log, header, lambda: self._make_buffer(capacity), queue_chunks + 1)
+        try:
+            self._buffer = self.writer.take()
+        except LogError:
+            self.writer.join()
+            raise
+        rows.copy(self._buffer, 0)
+
+    def check(self, step: int) -> None:
+        """LogError where the flags, a fixed tensor or a parameter is not what it was after the step before."""
+        for name, module in self._modules.items():
+            if module.training != self._flags[name]:
+                raise LogError(
+                    f"step {step}: module '{name}' ({type(module).__name__}) was in {_mode(self._flags[name])} mode at the "
+                    f"first step and is in {_mode(module.training)} mode now; one log holds one mode"
+                )
+        self._check_fixed(step)
+        self._check_params(step)
+
+    def add(self, step: Step, marks: Mapping[str, int]) -> None:
+        """The step just done; waits only where every buffer is full."""
+        buffer = self._buffer
+        buffer.steps.append(step)
+        self._rows.copy(buffer, len(buffer.steps))
+        if len(buffer.steps) == buffer.capacity:
+            self._buffer = self.writer.take()
+            self._rows.carry(buffer, self._buffer)
+            self._rows.seal(buffer)
+            self.writer.put(buffer, marks)
+
+    def finish(self, step: int, marks: Mapping[str, int], complete: bool) -> None:
+        """Write everything; LogError for what is not as the last step left it, or for what the disk refused."""
+        problem = None
+        try:
+            self.writer.check()
+            self._check_fixed(step, by_value=True)
+            self._check_params(step)
+        except LogError as error:
+            problem = error
+        self._rows.seal(self._buffer)
+        self.writer.put(self._buffer, marks)
+        self.writer.put_marks(marks, complete and problem is None)
+        self.writer.join()
+        if problem is not None:
+            raise problem
+        self.writer.check()
+
+    def _make_buffer(self, capacity: int) -> ChunkBuffer:
+        # pinning takes a CUDA context, and in the writer's thread that would be device 0
+        with torch.cuda.device(self._device) if self._rows.pinned else nullcontext():
+            return ChunkBuffer(self._header, capacity, self._rows.pinned)
+
+    def _check_fixed(self, step: int, by_value: bool = False) -> None:
+        for fixed in self._fixed:
+            if fixed.has_changed(by_value):
+                raise LogError(
+                    f"step {step}: {fixed.what} '{fixed.name}' changed since the first step; the log holds it once, "
+                    "so it must stay as it is"
+                )
+
+    def _check_params(self, step: int) -> None:
+        for name, p in self._params.items():
+            if (p.shape, p.dtype) != self._header.parameters[name] or p.device != self._device:
+                raise LogError(changed_message(step, name))
+        number = self._rows.first_changed(self._buffer, len(self._buffer.steps))
+        if number is not None:
+            name = list(self._params)[number]
+            row = self._header.split(self._buffer.rows[len(self._buffer.steps)])
+            is_finite = torch.isfinite(row[name]).all()
+            raise LogError(changed_message(step, name) if is_finite else nonfinite_message(step - 1, name))
+
+
+def _fixed_tensors(model: nn.Module, params: Mapping[str, nn.Parameter]) -> list[_Fixed]:
+    fixed, seen = [], {id(p) for p in params.values()}
+    for prefix, module in model.named_modules():
+        for owner, is_buffer in ((module._buffers, True), (module._parameters, False)):
+            for key, tensor in owner.items():
+                if tensor is not None and id(tensor) not in seen:  # tied ones once, as torch names them
+                    seen.add(id(tensor))
+                    fixed.append(_Fixed(f"{prefix}.{key}" if prefix else key, owner, key, is_buffer))
+    return fixed
+
+
+def _common_device(params: Mapping[str, nn.Parameter]) -> torch.device:
+    devices = {p.device for p in params.values()}
+    if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"parameters on {sorted(map(str, devices))}: they must all be on the CPU or on one CUDA device")
+    return devices.pop()
+
+
+def _mode(training: bool) -> str:
+    return "train" if training else "eval"

@@ -1,0 +1,210 @@
+"""leave_one_out: true retraining on the logged batches, all counterfactual models advancing together.
+
+Model j repeats the run without sample j: the same batches in the same order and every other sample's coefficient kept.
+What is carried is d_j = θ_{−j} − θ[t], advanced by the difference of two gradients taken in one call; float32 models whose
+losses were subtracted at the end would lose two digits more (design §1).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_fast import plan, queries
+from dit_fast.data import as_ids
+from dit_fast.guard import check_problem
+from dit_fast.optimizers import SGD
+from dit_fast.problem import Batch, Evaluator, Params, Problem
+from dit_fast.progress import progress_bar
+from dit_fast.queries import Query
+from dit_fast.result import Influence
+from dit_fast.trajectory import Trajectory
+
+# more models at once than this are no faster: their blocks no longer stay in cache (`bench/bench_retrain.py`)
+MODELS_AT_ONCE = 256
+
+
+def leave_one_out(
+    trajectory: Trajectory,
+    problem: Problem,
+    query: Query | Sequence[Query],
+    windows: Any = None,
+    *,
+    sample_ids: Any = None,
+    groups: Sequence[Any] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    memory_budget: int | float | str | None = None,
+    check: bool = True,
+    show_progress: bool | None = None,
+) -> Influence:
+    """The true change of every query value when a sample is left out of the logged run, for any windows at once.
+
+    With Δ_j(t) = query(θ_{−j}[t]) − query(θ[t]), the score of [t1, t2) is Δ_j(t2) − Δ_j(t1); Δ_j(0) = 0. Sign and unit as in
+    `score`, of which this is the truth without any linearisation. Query values are taken in float64.
+
+    sample_ids: the samples left out, one model each; None = all. groups: lists of ids left out together, one model each;
+        result.groups then names them and the sample axis counts them.
+    The other arguments, the errors and the result are those of `score`.
+    """
+    began = time.perf_counter()
+    spans = trajectory.windows(windows)
+    ev = Evaluator.create(problem, trajectory, device, dtype)
+    asked = queries.as_list(query)
+    removed = _removed(problem, sample_ids, groups)
+    ends = sorted({t for window in spans for t in (window.start, window.stop)} - {0})
+    with ev.session():
+        if check:
+            check_problem(ev, ends[-1])
+        sizes = queries.sizes(ev, asked)
+        changes, meta = _changes(
+            ev, asked, sum(sizes), removed, ends, plan.memory_budget(memory_budget, ev.device), show_progress
+        )
+    changes[0] = torch.zeros(sum(sizes), len(removed), dtype=torch.float64)
+    return Influence(
+        scores=torch.stack([changes[window.stop] - changes[window.start] for window in spans]),
+        windows=spans,
+        queries=queries.names(asked, sizes),
+        sample_ids=torch.arange(len(removed)) if groups is not None else torch.cat(removed or [torch.arange(0)]),
+        retrained=torch.ones(len(spans), sum(sizes), len(removed), dtype=torch.bool),
+        groups=None if groups is None else [ids.tolist() for ids in removed],
+        meta=ev.describe() | {"method": "retrain"} | meta | {"seconds": time.perf_counter() - began},
+    )
+
+
+def _removed(problem: Problem, sample_ids: Any, groups: Sequence[Any] | None) -> list[Tensor]:
+    if groups is None:
+        return list(problem.select(sample_ids).split(1))
+    if sample_ids is not None:
+        raise ValueError("give sample_ids or groups, not both")
+    return [problem.select(as_ids(group, "groups")).unique() for group in groups]
+
+
+def _changes(
+    ev: Evaluator,
+    asked: list[Query],
+    num_queries: int,
+    removed: list[Tensor],
+    ends: list[int],
+    budget: int,
+    show_progress: bool | None,
+) -> tuple[dict[int, Tensor], dict[str, Any]]:
+    """Δ(t) [Q, n] float64 on the CPU for every end t."""
+    changes = {t: torch.zeros(num_queries, len(removed), dtype=torch.float64) for t in ends}
+    first = _first_visits(ev, removed, ends[-1])
+    # a model whose samples were never visited has changed nothing, exactly
+    order = sorted((j for j in range(len(removed)) if first[j] < ends[-1]), key=lambda j: first[j])
+    if not order:
+        return changes, {"models": 0}
+    exact = Evaluator(ev.problem, ev.trajectory, ev.device, torch.float64)
+    mapper = _Mapper()
+    size = min(MODELS_AT_ONCE, _models_in_budget(ev, budget))
+    chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    with progress_bar(len(chunks) * ends[-1], "retraining", show_progress) as bar:
+        for chunk in chunks:
+            block = {n: torch.zeros(len(chunk), *s, dtype=ev.dtype, device=ev.device) for n, s in ev.shapes.items()}
+            for t in range(ends[-1]):
+                # models join when their first sample is about to be visited: before, d_j = 0
+                active = sum(first[j] <= t for j in chunk)
+                if active:
+                    _advance(ev, t, {n: v[:active] for n, v in block.items()}, [removed[j] for j in chunk[:active]], mapper)
+                if t + 1 in changes:
+                    changes[t + 1][:, chunk] = _query_changes(exact, t + 1, asked, block, mapper).cpu()
+                bar.update()
+    return changes, {"models": len(order), "vmapped": mapper.vmapped, "models_at_once": size}
+
+
+def _advance(ev: Evaluator, t: int, block: Params, removed: list[Tensor], mapper: "_Mapper") -> None:
+    """d_j[t] → d_j[t+1] in place, for every row of `block`."""
+    params = ev.params(t)
+    # row 0 is the logged model itself, so that its gradient comes out of the same call
+    models = {name: torch.cat([value[None], value + block[name]]) for name, value in params.items()}
+    difference = {name: torch.zeros_like(value) for name, value in block.items()}
+    for batch in ev.batches(t):
+        weights = torch.cat([torch.ones(1, len(batch.ids)), torch.stack([~torch.isin(batch.ids, ids) for ids in removed])])
+        weights = weights.to(ev.device, ev.dtype) * batch.coefficients
+
+        def gradient(model: Params, weight: Tensor, batch: Batch = batch) -> Params:
+            return torch.func.grad(lambda point: (weight * ev.losses(point, batch)).sum())(model)
+
+        gradients = mapper(gradient, models, weights)
+        total = weights.sum(1)
+        for name, value in difference.items():
+            value += gradients[name][1:] - gradients[name][0]
+            if ev.l2:
+                # l2 Σ_b a_b θ of every model, less that of the logged one
+                shape = (-1,) + (1,) * params[name].ndim
+                value += ev.l2 * (total[1:].view(shape) * models[name][1:] - total[0] * models[name][0])
+    settings, groups = ev.trajectory.settings(t), ev.trajectory.groups
+    for name, value in block.items():
+        # the rule is linear, so the difference of two models obeys it too
+        value.copy_(SGD.forward(value, difference[name], settings[groups[name]]))
+
+
+def _query_changes(ev: Evaluator, t: int, asked: list[Query], block: Params, mapper: "_Mapper") -> Tensor:
+    """query(θ[t] + d_j) − query(θ[t]) [Q, n] in float64."""
+    with ev.session(), torch.no_grad(), ev.eval_mode():
+        params = ev.params(t)
+
+        def values(shift: Params) -> Tensor:
+            point = {name: value + shift[name] for name, value in params.items()}
+            return torch.cat([queries.values(ev, point, query) for query in asked])
+
+        moved = {name: torch.cat([torch.zeros_like(value[:1]), value]).double() for name, value in block.items()}
+        results = mapper(values, moved)
+        return (results[1:] - results[0]).T
+
+
+class _Mapper:
+    """vmap, or a plain loop from the first call on that vmap cannot take."""
+
+    def __init__(self) -> None:
+        self.vmapped = True
+
+    def __call__(self, function: Callable[..., Any], *stacked: Any) -> Any:
+        if self.vmapped:
+            try:
+                return torch.func.vmap(function)(*stacked)
+            except (RuntimeError, NotImplementedError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self.vmapped = False
+        size = len(stacked[-1]) if isinstance(stacked[-1], Tensor) else len(next(iter(stacked[-1].values())))
+        rows = [function(*(_row(tree, i) for tree in stacked)) for i in range(size)]
+        if isinstance(rows[0], Tensor):
+            return torch.stack(rows)
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _row(tree: Any, i: int) -> Any:
+    return tree[i] if isinstance(tree, Tensor) else {name: value[i] for name, value in tree.items()}
+
+
+def _first_visits(ev: Evaluator, removed: list[Tensor], last: int) -> list[int]:
+    """The first step each model differs in; `last` where there is none."""
+    first = torch.full((ev.problem.num_samples,), last)
+    for t in reversed(range(last)):
+        ids = ev.trajectory.batch_ids(t)
+        first[ids[ids < len(first)]] = t
+    return [int(first[ids].min()) if len(ids) else last for ids in removed]
+
+
+def _models_in_budget(ev: Evaluator, budget: int) -> int:
+    """Models that advance together: their parameters, changes, gradients, and the activations of one batch."""
+    params, batch = ev.params(0), ev.batches(0)[0]
+    saved = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal saved
+        saved += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        ev.losses({name: value.detach().requires_grad_() for name, value in params.items()}, batch)
+    # d, θ + d, gradient and its difference; the saved activations and as much again on the way back
+    one = 4 * ev.num_parameters * ev.dtype.itemsize + 2 * saved
+    if one > budget:
+        raise ValueError(f"one model needs {plan.format_bytes(one)}, more than memory_budget = {plan.format_bytes(budget)}")
+    return budget // one

@@ -1,0 +1,179 @@
+"""score(): validates, guards, sweeps once, assembles."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_fast import factors, plan, queries
+from dit_fast.guard import check_problem
+from dit_fast.linearize import HESSIANS, Hessian, choose_mode, linearize
+from dit_fast.problem import Batch, Evaluator, Params, Problem
+from dit_fast.progress import progress_bar
+from dit_fast.queries import Query
+from dit_fast.result import Influence
+from dit_fast.retrain import leave_one_out
+from dit_fast.sweep import Linearizer, sweep
+from dit_fast.trajectory import Trajectory, Window
+
+BACKENDS = ("auto", "generic", "factors")
+
+
+def score(
+    trajectory: Trajectory,
+    problem: Problem,
+    query: Query | Sequence[Query],
+    windows: Any = None,
+    *,
+    sample_ids: Any = None,
+    hessian: Hessian = "exact",
+    query_at: str = "endpoint",
+    method: str = "adjoint",
+    refine: int = 0,
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    memory_budget: int | float | str | None = None,
+    check: bool = True,
+    show_progress: bool | None = None,
+) -> Influence:
+    """The influence of every training sample on every query value in every window of a logged run, in one sweep.
+
+    The score of sample j in [t1, t2) is ⟨q(t2), d_j[t2]⟩ − ⟨q(t1), d_j[t1]⟩, with d_j[t] the first-order change of the
+    parameters before step t when j is left out of all batches (every other sample's coefficient kept) and q(t) the
+    query's gradient there (Xu & Wu 2025, arXiv 2502.10793; with q at each end's own parameters instead of the final ones).
+    Unit: the query's. Sign: a score above 0 means that removing the sample raises the query's value, so for a loss the
+    sample helped.
+
+    trajectory: the logged run. problem: model, per-sample loss and data it was trained with.
+    query: one of `dit_fast.queries`, or a list, joined along Q.
+    windows: None = the whole run; "epochs" = between marks; (t1, t2), a list of them, or {name: (t1, t2)}, in steps.
+    sample_ids: the samples wanted; None = all N of the data.
+    hessian: "exact"; "ggn" (generalised Gauss–Newton); "fisher" (empirical, Σ a_b ∇ℓ_b ∇ℓ_bᵀ); "none" (H = 0: TracIn at
+        every step). The l2 part is exact in all but "none" of the data part.
+    query_at: "endpoint" = q at each window end's own parameters; "final" = at the end of the run, as the official code does.
+    method: "adjoint", or "retrain" = every score by true retraining (`leave_one_out`).
+    refine: this many samples per window and query, those of largest |score|, get their true score by retraining;
+        `result.retrained` marks them.
+    backend: "generic" for any module; "factors" for nets of linear layers with hessian "fisher" or "none"; "auto" picks.
+    dtype, device: of the computation; None = the log's widest, and the model's device.
+    memory_budget: bytes or "2GiB"; columns that do not fit travel in several sweeps. None = 0.6 of what is free.
+    check: replay three steps first and refuse a problem that does not reproduce them (ValueError with the likely cause).
+    show_progress: None = a bar on a terminal once the work has taken two seconds.
+
+    Returns Influence with scores [W, Q, N] float64. Raises ValueError or TypeError for arguments, LogError for the log,
+    UnsupportedError for the model. The model, its gradients, flags and hooks, the random generators and torch's settings
+    are left as they were.
+    """
+    began = time.perf_counter()
+    _check_options(hessian, query_at, method, backend, refine)
+    if (method == "retrain" or refine) and query_at == "final":
+        raise ValueError("query_at='final' cannot be retrained: retraining asks the query itself at each end of a window")
+    retraining: dict[str, Any] = {
+        "dtype": dtype,
+        "device": device,
+        "memory_budget": memory_budget,
+        "show_progress": show_progress,
+    }
+    if method == "retrain":
+        return leave_one_out(trajectory, problem, query, windows, sample_ids=sample_ids, check=check, **retraining)
+    spans = trajectory.windows(windows)
+    ev = Evaluator.create(problem, trajectory, device, dtype)
+    ids = problem.select(sample_ids)
+    asked = queries.as_list(query)
+    with ev.session():
+        if check:
+            check_problem(ev, max(window.stop for window in spans))
+        sizes = queries.sizes(ev, asked)
+        scores, meta = _adjoint_scores(
+            ev,
+            spans,
+            asked,
+            sum(sizes),
+            hessian,
+            query_at,
+            backend,
+            plan.memory_budget(memory_budget, ev.device),
+            show_progress,
+        )
+    influence = Influence(
+        scores=scores[..., ids],
+        windows=spans,
+        queries=queries.names(asked, sizes),
+        sample_ids=ids,
+        meta=ev.describe()
+        | {"method": "adjoint", "hessian": hessian, "query_at": query_at}
+        | meta
+        | {"seconds": time.perf_counter() - began},
+    )
+    if refine:
+        chosen = influence.largest(refine)
+        union = ids[chosen.any(dim=(0, 1))]
+        true = leave_one_out(trajectory, problem, query, windows, sample_ids=union, check=False, **retraining)
+        influence = influence.refined_by(true, chosen)
+    return influence
+
+
+def _adjoint_scores(
+    ev: Evaluator,
+    windows: list[Window],
+    asked: list[Query],
+    num_queries: int,
+    hessian: Hessian,
+    query_at: str,
+    backend: str,
+    budget: int,
+    show_progress: bool | None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Scores [W, Q, N] on the CPU, and what was chosen on the way."""
+    num_samples = ev.problem.num_samples
+    made, mix = plan.columns(windows, num_queries)
+    per_sweep = plan.columns_per_sweep(budget, ev.num_parameters, num_samples, ev.dtype.itemsize)
+    chunks = [made[start : start + per_sweep] for start in range(0, len(made), per_sweep)]
+    linearizer, meta = _choose_linearizer(ev, hessian, backend, min(per_sweep, len(made)), budget)
+
+    def gradients(t: int) -> Params:
+        point = t if query_at == "endpoint" else ev.trajectory.num_steps
+        return queries.gradients_at(ev, point, asked)
+
+    swept = []
+    steps = sum(chunk[0].stop for chunk in chunks)
+    with progress_bar(steps, "sweep", show_progress) as bar:
+        for chunk in chunks:
+            swept.append(sweep(ev, chunk, linearizer, gradients, num_samples, bar.update).cpu())
+    scores = (mix @ torch.cat(swept)).reshape(len(windows), num_queries, num_samples)
+    return scores, meta | {"columns": len(made), "sweeps": len(chunks)}
+
+
+def _choose_linearizer(
+    ev: Evaluator, hessian: Hessian, backend: str, num_columns: int, budget: int
+) -> tuple[Linearizer, dict[str, Any]]:
+    params, batch = ev.params(0), ev.batches(0)[0]
+    if backend != "generic":
+        refusal = factors.refusal(ev, params, batch, hessian)
+        if refusal is None:
+            return factors.linearizer(ev, hessian), {"backend": "factors"}
+        if backend == "factors":
+            raise ValueError(f"backend='factors' cannot be used: {refusal}")
+    mode, together = choose_mode(ev, params, batch, hessian)
+    limit = plan.columns_per_pull(budget, ev, params, batch, hessian, mode) if together else 1
+
+    def generic(params: Params, batch: Batch) -> Any:
+        return linearize(ev, params, batch, hessian, mode, limit)
+
+    return generic, {"backend": "generic", "mode": mode, "columns_per_pull": min(limit, num_columns)}
+
+
+def _check_options(hessian: str, query_at: str, method: str, backend: str, refine: int) -> None:
+    for name, value, allowed in (
+        ("hessian", hessian, HESSIANS),
+        ("query_at", query_at, ("endpoint", "final")),
+        ("method", method, ("adjoint", "retrain")),
+        ("backend", backend, BACKENDS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
+    if not isinstance(refine, int) or refine < 0:
+        raise ValueError(f"refine must be a number of samples, 0 or more, got {refine!r}")

@@ -1,0 +1,232 @@
+"""A training run as scores see it: parameters, batches and settings of every step, from a log or from arrays."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit_fast.arrays import has_length, integer, read_arrays
+from dit_fast.log import Header, Step
+from dit_fast.log_reader import LogReader
+from dit_fast.optimizers import SGD
+
+
+@dataclass(frozen=True)
+class Window:
+    """The steps start ≤ t < stop of a run."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class _Source(Protocol):
+    """Where a trajectory's numbers are; t is in range when it is asked."""
+
+    header: Header
+    num_samples: int
+    marks: dict[str, int]
+
+    @property
+    def path(self) -> Path | None: ...
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def digest(self) -> str: ...
+    def params(self, t: int) -> dict[str, Tensor]: ...
+    def step(self, t: int) -> Step: ...
+    def verify(self) -> None: ...
+
+
+class Trajectory:
+    """A logged run of T steps: θ[0] … θ[T], and what each step t in 0 … T−1 was made of.
+
+    Made by `Trajectory.open` or `Trajectory.from_arrays`. Logs are read lazily, memory-mapped; each chunk is checked
+    against its sha256 the first time it is touched, so any method that takes a step can raise LogError.
+    """
+
+    def __init__(self, source: _Source) -> None:
+        self._source = source
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Trajectory":
+        """The log a Recorder wrote to `path`; of a killed run, its finished chunks. LogError for anything damaged."""
+        return cls(LogReader(path))
+
+    @classmethod
+    def from_arrays(
+        cls,
+        params: Mapping[str, Any],
+        batch_ids: Any,
+        lr: Any,
+        optimizer: SGD | Sequence[SGD] | None = None,
+        *,
+        coefficients: Any = None,
+        marks: Mapping[str, int] | Sequence[int] | None = None,
+        num_samples: int | None = None,
+        micro_batches: Sequence[Sequence[int]] | None = None,
+        groups: Mapping[str, int] | None = None,
+    ) -> "Trajectory":
+        """A run whose numbers are at hand, numpy or torch; they are copied.
+
+        params: name → [T+1, *shape] float32 or float64, the parameters before each step and after the last.
+        batch_ids: T arrays [B] of sample ids (B may differ), or [T, B]. An id may occur several times in a batch.
+        lr: the rate, a number, [T] or [T, groups].
+        optimizer: the rule of all parameter groups, or one per group; default `SGD()`.
+        coefficients: T arrays [B], the a_b of g_t = Σ_b a_b ∇ℓ_b; default 1/B, the mean.
+        marks: {name: step} with the number of steps done at the mark, or such numbers alone, named "step <number>".
+        num_samples: N; default 1 + the largest id.
+        micro_batches: T lists of sizes that sum to B, where a step's gradient came from several forward passes.
+        groups: name → index of its parameter group; default all 0.
+
+        Raises TypeError or ValueError naming the step and the argument.
+        """
+        return cls(read_arrays(params, batch_ids, lr, optimizer, coefficients, marks, num_samples, micro_batches, groups))
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of steps logged."""
+        return self._source.num_steps
+
+    @property
+    def num_samples(self) -> int:
+        """N as given when the run was logged, else 1 + the largest id seen."""
+        return self._source.num_samples
+
+    @property
+    def parameters(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """name → (shape, dtype) of the trained parameters, tied ones once."""
+        return dict(self._source.header.parameters)
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """Parameter name → index of its parameter group."""
+        return dict(self._source.header.groups)
+
+    @property
+    def optimizer(self) -> tuple[SGD, ...]:
+        """The optimizer's rule for each parameter group, with the settings it started with."""
+        return self._source.header.optimizer
+
+    @property
+    def marks(self) -> dict[str, int]:
+        """Name of a mark → number of steps done when it was set."""
+        return dict(self._source.marks)
+
+    @property
+    def training_flags(self) -> dict[str, bool] | None:
+        """Module name → its `training` flag during the run; None where not known."""
+        return self._source.header.training_flags
+
+    @property
+    def constants(self) -> dict[str, Tensor] | None:
+        """Buffer name → its value during the run; None where not known."""
+        return self._source.header.constants
+
+    @property
+    def frozen_digests(self) -> dict[str, str] | None:
+        """Name → sha256 of the parameters that were not trained; None where not known."""
+        return self._source.header.frozen_digests
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the whole run: same digest, same run."""
+        return self._source.digest
+
+    @property
+    def path(self) -> Path | None:
+        """The log's directory; None for a run made from arrays."""
+        return self._source.path
+
+    def params(self, t: int) -> dict[str, Tensor]:
+        """θ[t], 0 ≤ t ≤ T: name → tensor of its own shape and dtype, on the CPU; not to be written to."""
+        return self._source.params(self._checked(t, self.num_steps))
+
+    def batch_ids(self, t: int) -> Tensor:
+        """S_t, the sample ids of step t: int64 [B]."""
+        return self._step(t).ids
+
+    def coefficients(self, t: int) -> Tensor:
+        """a, the weight of each sample's loss in step t: float64 [B]."""
+        return self._step(t).coefficients
+
+    def micro_batches(self, t: int) -> list[slice]:
+        """The parts of `batch_ids(t)` that went through the model together; one for an ordinary step."""
+        return [slice(*ends) for ends in pairwise(accumulate(self._step(t).micro_sizes, initial=0))]
+
+    def settings(self, t: int) -> tuple[dict[str, float], ...]:
+        """The optimizer's settings in step t, one dict {"lr", "weight_decay"} per parameter group."""
+        values = self._step(t).settings
+        return tuple(dict(zip(rule.setting_names, row, strict=True)) for rule, row in zip(self.optimizer, values, strict=True))
+
+    def verify(self) -> None:
+        """Read everything and check it: every chunk's sha256, shapes, and that all parameters are finite; else LogError."""
+        self._source.verify()
+
+    def windows(self, spec: Any = None) -> list[Window]:
+        """The windows of steps that `spec` means.
+
+        spec: None = the whole run · "epochs" = between marks, each named by the mark that ends it, steps after the last
+        one forming a last window · (t1, t2) = the steps t1 ≤ t < t2 · a list of such pairs · {name: (t1, t2)}.
+
+        Raises ValueError (TypeError for what is no pair of integers) naming the window and the run's length.
+        """
+        if not self.num_steps:
+            raise ValueError("the run has no steps, so it has no windows")
+        if spec is None:
+            return [Window("whole run", 0, self.num_steps)]
+        if isinstance(spec, str):
+            return self._between_marks(spec)
+        if isinstance(spec, Mapping):
+            named: list[tuple[str | None, Any]] = [(str(name), pair) for name, pair in spec.items()]
+        elif isinstance(spec, Sequence | np.ndarray | Tensor):
+            pairs = [spec] if len(spec) and not has_length(spec[0]) else list(spec)
+            named = [(None, pair) for pair in pairs]
+        else:
+            raise TypeError(f'windows must be None, "epochs", (t1, t2), a list of these or a dict, got {spec!r}')
+        if not named:
+            raise ValueError("windows is empty; None means the whole run")
+        return [self._window(name, pair) for name, pair in named]
+
+    def _window(self, name: str | None, pair: Any) -> Window:
+        what = f"window {pair!r}" if name is None else f"window '{name}' {pair!r}"
+        if not has_length(pair) or len(pair) != 2:
+            raise TypeError(f"{what} must be a pair of steps (t1, t2)")
+        start, stop = (integer(end, what) for end in pair)
+        if start < 0 or stop > self.num_steps:
+            raise ValueError(f"{what} is outside the run, which has {self.num_steps} steps: 0 ≤ t1 < t2 ≤ {self.num_steps}")
+        if start >= stop:
+            raise ValueError(f"{what} is empty or reversed: 0 ≤ t1 < t2 ≤ {self.num_steps} (the run's number of steps)")
+        return Window(name or f"{start}-{stop}", start, stop)
+
+    def _between_marks(self, spec: str) -> list[Window]:
+        if spec != "epochs":
+            raise ValueError(f'windows="{spec}" is not known; the only word is "epochs", the windows between marks')
+        if not self.marks:
+            raise ValueError('windows="epochs" needs marks: call recorder.mark("epoch 0") after each epoch, or give steps')
+        marks = sorted(self.marks.items(), key=lambda mark: mark[1])
+        ends = [*marks, (f"after {marks[-1][0]}", self.num_steps)]
+        starts = [0, *(step for _, step in marks)]
+        return [Window(name, a, b) for a, (name, b) in zip(starts, ends, strict=True) if a < b]
+
+    def _step(self, t: int) -> Step:
+        return self._source.step(self._checked(t, self.num_steps - 1))
+
+    def _checked(self, t: int, last: int) -> int:
+        step = integer(t, "the step")
+        if not 0 <= step <= last:
+            raise ValueError(f"step {step} is outside the run, which has {self.num_steps} steps")
+        return step
+
+    def __repr__(self) -> str:
+        size = sum(shape.numel() for shape, _ in self.parameters.values())
+        where = "arrays" if self.path is None else f"'{self.path}'"
+        return (
+            f"Trajectory({where}, {self.num_steps:,} steps, {size:,} parameters, {self.num_samples:,} samples, "
+            f"{self.optimizer[0].kind}, {len(self.marks)} marks)"
+        )

@@ -1,0 +1,29 @@
+"""Fixtures shared by all tests."""
+
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Each device in turn. Without a usable GPU the cuda case is skipped with its reason, or fails where one is required."""
+    if request.param == "cuda":
+        reason = cuda_missing()
+        if reason and os.environ.get("DIT_FAST_REQUIRE_CUDA") == "1":
+            pytest.fail(f"DIT_FAST_REQUIRE_CUDA=1, but {reason}")
+        if reason:
+            pytest.skip(f"CUDA NOT TESTED: {reason}")
+    return request.param
+
+
+def cuda_missing() -> str:
+    """Why CUDA cannot be tested here; empty where it can."""
+    from dit_fast import ops
+
+    if not ops.build_info()["cuda_compiled"]:
+        return "the CUDA part of dit_fast is not compiled"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return ""
