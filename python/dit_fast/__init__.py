@@ -16,7 +16,7 @@ from dit_fast import queries, reference
 from dit_fast.data import with_ids
 from dit_fast.errors import LogError, UnsupportedError
 from dit_fast.ops import build_info
-from dit_fast.optimizers import SGD
+from dit_fast.optimizers import SGD, Adam, AdamW
 from dit_fast.problem import Problem
 from dit_fast.recorder import Recorder
 from dit_fast.result import Influence
@@ -26,6 +26,8 @@ from dit_fast.trajectory import Trajectory
 
 __all__ = [
     "SGD",
+    "Adam",
+    "AdamW",
     "Influence",
     "LogError",
     "Problem",

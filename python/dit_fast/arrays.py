@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dit_fast.data import as_ids
-from dit_fast.log import Header, Step, as_doubles
-from dit_fast.optimizers import RULES, SGD
+from dit_fast.log import Header, Step, as_doubles, update_counts
+from dit_fast.optimizers import RULES, SGD, Clip, Rule, State, constant_settings
 
 
 class Arrays:
@@ -25,6 +25,7 @@ class Arrays:
         self.num_steps = len(steps)
         largest = max((int(step.ids.max()) for step in steps), default=-1)
         self.num_samples = largest + 1 if header.num_samples is None else header.num_samples
+        self._counts = update_counts(header, torch.zeros(len(header.parameters), dtype=torch.int64), steps)
 
     @property
     def digest(self) -> str:
@@ -34,11 +35,22 @@ class Arrays:
             digest.update(value.numpy().tobytes())
         for step in self._steps:
             digest.update(step.ids.numpy().tobytes() + step.coefficients.numpy().tobytes())
-            digest.update(repr((step.micro_sizes, step.settings)).encode())
+            digest.update(repr((step.micro_sizes, step.settings, step.absent)).encode())
         return digest.hexdigest()
 
     def params(self, t: int) -> dict[str, Tensor]:
         return {name: value[t] for name, value in self._params.items()}
+
+    def state(self, t: int) -> dict[str, State] | None:
+        """Zeros before the first step, not known elsewhere."""
+        zeros = {name: tuple(torch.zeros_like(value[0]) for _ in self.header.slots) for name, value in self._params.items()}
+        return None if t else zeros
+
+    def counts(self, t: int) -> Tensor:
+        return self._counts[t]
+
+    def segment(self, t: int) -> tuple[int, int]:
+        return 0, self.num_steps
 
     def step(self, t: int) -> Step:
         return self._steps[t]
@@ -51,12 +63,14 @@ def read_arrays(
     params: Mapping[str, Any],
     batch_ids: Any,
     lr: Any,
-    optimizer: SGD | Sequence[SGD] | None,
+    optimizer: Rule | Sequence[Rule] | None,
     coefficients: Any,
     marks: Mapping[str, int] | Sequence[int] | None,
     num_samples: int | None,
     micro_batches: Sequence[Sequence[int]] | None,
     groups: Mapping[str, int] | None,
+    absent: Sequence[Sequence[str]] | None,
+    clip: Clip,
 ) -> Arrays:
     """The source `Trajectory.from_arrays` documents; TypeError or ValueError naming step and argument."""
     tensors = _as_params(params)
@@ -66,11 +80,18 @@ def read_arrays(
     size = None if num_samples is None else integer(num_samples, "num_samples")
     ids = [_as_batch(batch, t, size) for t, batch in enumerate(_rows(batch_ids, num_steps, "batch_ids"))]
     settings = _as_settings(lr, rules, num_steps)
+    missing = _as_absent(absent, list(tensors), num_steps)
     steps = [
-        Step(b, _as_coefficients(coefficients, t, b, num_steps), _as_sizes(micro_batches, t, b, num_steps), settings[t])
+        Step(
+            b,
+            _as_coefficients(coefficients, t, b, num_steps),
+            _as_sizes(micro_batches, t, b, num_steps),
+            settings[t],
+            missing[t],
+        )
         for t, b in enumerate(ids)
     ]
-    header = Header({n: (v.shape[1:], v.dtype) for n, v in tensors.items()}, group_of, rules, size)
+    header = Header({n: (v.shape[1:], v.dtype) for n, v in tensors.items()}, group_of, rules, size, clip=clip)
     return Arrays(header, tensors, steps, _as_marks(marks, num_steps))
 
 
@@ -105,7 +126,7 @@ def _as_groups(groups: Mapping[str, int] | None, params: Mapping[str, Tensor]) -
     return numbers
 
 
-def _as_rules(optimizer: SGD | Sequence[SGD] | None, num_groups: int) -> tuple[SGD, ...]:
+def _as_rules(optimizer: Rule | Sequence[Rule] | None, num_groups: int) -> tuple[Rule, ...]:
     if optimizer is None:
         optimizer = SGD()
     rules: tuple[Any, ...] = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,) * num_groups
@@ -114,10 +135,12 @@ def _as_rules(optimizer: SGD | Sequence[SGD] | None, num_groups: int) -> tuple[S
             raise TypeError(f"optimizer must be one of dit_fast.{', '.join(RULES)} or a list of these, got {rule!r}")
     if len(rules) != num_groups:
         raise ValueError(f"optimizer holds {len(rules)} rules for {num_groups} parameter groups")
+    if len({rule.setting_names for rule in rules}) > 1:
+        raise ValueError(f"optimizer: the rules of all groups must be of one kind, got {rules}")
     return rules
 
 
-def _as_settings(lr: Any, rules: tuple[SGD, ...], num_steps: int) -> list[list[list[float]]]:
+def _as_settings(lr: Any, rules: tuple[Rule, ...], num_steps: int) -> list[list[list[float]]]:
     """[T][groups][settings] in the order of each rule's `setting_names`; all but the rate are constant."""
     rates = as_doubles(lr)
     if rates.ndim == 1:
@@ -129,13 +152,7 @@ def _as_settings(lr: Any, rules: tuple[SGD, ...], num_steps: int) -> list[list[l
     if not torch.isfinite(rates).all():
         raise ValueError("lr holds NaN or infinity")
     table = rates.expand(num_steps, len(rules)).tolist()
-    return [
-        [
-            [rate if name == "lr" else float(getattr(rule, name)) for name in rule.setting_names]
-            for rule, rate in zip(rules, row, strict=True)
-        ]
-        for row in table
-    ]
+    return [[constant_settings(rule, rate) for rule, rate in zip(rules, row, strict=True)] for row in table]
 
 
 def _rows(values: Any, num_steps: int, what: str) -> Any:
@@ -174,6 +191,18 @@ def _as_sizes(micro_batches: Sequence[Sequence[int]] | None, t: int, ids: Tensor
     if sum(sizes) != len(ids) or min(sizes) < 1:
         raise ValueError(f"micro_batches[{t}] must be positive sizes that sum to {len(ids)}, got {list(sizes)}")
     return sizes
+
+
+def _as_absent(absent: Sequence[Sequence[str]] | None, names: list[str], num_steps: int) -> list[tuple[int, ...]]:
+    if absent is None:
+        return [()] * num_steps
+    rows = []
+    for t, row in enumerate(_rows(absent, num_steps, "absent")):
+        for name in row:
+            if name not in names:
+                raise ValueError(f"absent[{t}] names '{name}', which is not in params")
+        rows.append(tuple(sorted(names.index(name) for name in row)))
+    return rows
 
 
 def _as_marks(marks: Mapping[str, int] | Sequence[int] | None, num_steps: int) -> dict[str, int]:

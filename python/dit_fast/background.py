@@ -9,45 +9,69 @@ import torch
 from torch import Tensor
 
 from dit_fast.errors import LogError
-from dit_fast.log import Header, LogWriter, Step, first_nonfinite
+from dit_fast.log import Chunk, Header, LogWriter, first_nonfinite
 
 
-class ChunkBuffer:
-    """The rows [n+1, P] and steps of one chunk being filled, in pinned memory for parameters on a GPU.
+class ChunkBuffer(Chunk):
+    """A chunk of up to `capacity` steps being filled, in pinned memory for parameters on a GPU.
 
-    changed [n+1] says, for rows copied from a GPU, that the parameters were no longer equal to the row when the next step
-    began; `ready` is the event after which rows and flags are on the host.
+    changed [capacity+1] says, for parameters on a GPU, that they were no longer what the step before had left when the next
+    step began; `ready` is the event after which everything is on the host.
     """
 
     def __init__(self, header: Header, capacity: int, pinned: bool) -> None:
         # zeroed, so that the memory is there before the training loop writes to it
-        self.rows = torch.empty(capacity + 1, header.row_size, dtype=header.row_dtype, pin_memory=pinned).zero_()
-        self.changed = torch.zeros(capacity + 1, dtype=torch.bool, pin_memory=pinned)
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, pin_memory=pinned).zero_()
+
+        segments = header.num_segments(capacity)
+        super().__init__(
+            steps=[],
+            rows=zeros(header.num_rows(capacity), header.row_size, dtype=header.row_dtype),
+            state=zeros(segments, len(header.slots), header.row_size, dtype=header.state_dtype),
+            counts=torch.zeros(segments, len(header.parameters), dtype=torch.int64),
+        )
+        self.changed = zeros(capacity + 1, dtype=torch.bool)
         self.capacity = capacity
-        self.steps: list[Step] = []
         self.ready: torch.cuda.Event | None = None
 
 
 class HostRows:
-    """Copies parameters on the CPU into rows and compares them with the last row."""
+    """Copies parameters and optimizer state on the CPU into a chunk's rows and compares parameters with the last step's."""
 
     pinned = False
 
     def __init__(self, header: Header, params: Sequence[Tensor]) -> None:
-        self._header, self._params = header, params
+        self._params = params
         self._sizes = [p.numel() for p in params]
+        # where every step has an exact row of its own, that row is what the next step is compared with
+        is_row = header.every == 1 and header.row_dtype == header.state_dtype
+        self._own = None if is_row else torch.zeros(header.row_size, dtype=header.state_dtype)
+        self._last = torch.zeros(0) if self._own is None else self._own
 
-    def copy(self, buffer: ChunkBuffer, index: int) -> None:
-        """θ as it is now into row `index`."""
-        torch.cat([p.detach().reshape(-1) for p in self._params], out=buffer.rows[index])
+    def copy(self, buffer: ChunkBuffer, index: int | None) -> None:
+        """θ as it is now becomes the last, and row `index` where it is given."""
+        if self._own is None:
+            assert index is not None
+            self._last = buffer.rows[index]
+        torch.cat([p.detach().reshape(-1) for p in self._params], out=self._last)
+        if self._own is not None and index is not None:
+            buffer.rows[index].copy_(self._own)
 
-    def carry(self, full: ChunkBuffer, fresh: ChunkBuffer) -> None:
-        """The last row of a full buffer becomes the first of the next."""
-        fresh.rows[0].copy_(full.rows[full.capacity])
+    def copy_state(self, buffer: ChunkBuffer, segment: int, slots: Sequence[Sequence[Tensor]]) -> None:
+        """The optimizer's state as it is now."""
+        for row, tensors in zip(buffer.state[segment], slots, strict=True):
+            torch.cat([tensor.detach().reshape(-1) for tensor in tensors], out=row)
+
+    def copy_last(self, buffer: ChunkBuffer, index: int) -> None:
+        """θ as the last step left it into row `index`."""
+        buffer.rows[index].copy_(self._last)
+        if self._own is None:
+            self._last = buffer.rows[index]
 
     def first_changed(self, buffer: ChunkBuffer, index: int) -> int | None:
-        """The number of the first parameter that is not equal to row `index`; NaN is equal to nothing."""
-        pieces = buffer.rows[index].split(self._sizes)
+        """The number of the first parameter that is not what the last step left; NaN is equal to nothing."""
+        pieces = self._last.split(self._sizes)
         for number, (p, piece) in enumerate(zip(self._params, pieces, strict=True)):
             # numpy, because it compares twice as fast here as torch.equal
             if not np.array_equal(p.detach().numpy(), piece.view(p.shape).to(p.dtype).numpy()):
@@ -69,21 +93,29 @@ class DeviceRows:
     def __init__(self, header: Header, params: Sequence[Tensor]) -> None:
         self._params = params
         self._device = params[0].device
-        self._last = torch.empty(header.row_size, dtype=header.row_dtype, device=self._device)
+        self._last = torch.empty(header.row_size, dtype=header.state_dtype, device=self._device)
         self._done = torch.cuda.Event()
         self._done.record(torch.cuda.current_stream(self._device))
 
-    def copy(self, buffer: ChunkBuffer, index: int) -> None:
-        """θ as it is now into row `index`, enqueued on the current stream."""
+    def copy(self, buffer: ChunkBuffer, index: int | None) -> None:
+        """θ as it is now becomes the last, and row `index` where it is given, enqueued on the current stream."""
         stream = self._enter()
         torch.cat([p.detach().reshape(-1) for p in self._params], out=self._last)
-        buffer.rows[index].copy_(self._last, non_blocking=True)
+        if index is not None:
+            buffer.rows[index].copy_(self._last.to(buffer.rows.dtype), non_blocking=True)
         self._done.record(stream)
 
-    def carry(self, full: ChunkBuffer, fresh: ChunkBuffer) -> None:
-        """From the device, because the full buffer's row may still be on its way."""
+    def copy_state(self, buffer: ChunkBuffer, segment: int, slots: Sequence[Sequence[Tensor]]) -> None:
+        """The optimizer's state as it is now, enqueued likewise."""
         stream = self._enter()
-        fresh.rows[0].copy_(self._last, non_blocking=True)
+        for row, tensors in zip(buffer.state[segment], slots, strict=True):
+            row.copy_(torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).to(row.dtype), non_blocking=True)
+        self._done.record(stream)
+
+    def copy_last(self, buffer: ChunkBuffer, index: int) -> None:
+        """θ as the last step left it, from the device, into row `index`."""
+        stream = self._enter()
+        buffer.rows[index].copy_(self._last.to(buffer.rows.dtype), non_blocking=True)
         self._done.record(stream)
 
     def first_changed(self, buffer: ChunkBuffer, index: int) -> int | None:
@@ -190,15 +222,16 @@ class BackgroundWriter:
         """The longest sound beginning of the chunk; LogError where that is not all of it."""
         if buffer.ready is not None:
             buffer.ready.synchronize()
+        every = self._header.every
         start, keep, problem = self._log.num_steps, len(buffer.steps), None
         changed = buffer.changed[: keep + 1].nonzero()
         if len(changed):
-            keep = int(changed[0])
-            problem = changed_message(start + keep)
-        if bad := first_nonfinite(buffer.rows[: keep + 1]):
-            keep = max(bad[0] - 1, 0)
-            problem = nonfinite_message(start + bad[0] - 1, self._header.name_at(bad[1]))
+            problem = changed_message(start + int(changed[0]))
+            keep = int(changed[0]) // every * every
+        if bad := first_nonfinite(buffer.rows[: self._header.num_rows(keep)]):
+            problem = nonfinite_message(min(start + bad[0] * every, start + keep) - 1, self._header.name_at(bad[1]))
+            keep = max(bad[0] - 1, 0) * every
         if keep:
-            self._log.add_chunk(buffer.rows[: keep + 1], buffer.steps[:keep], marks)
+            self._log.add_chunk(Chunk(buffer.steps[:keep], buffer.rows, buffer.state, buffer.counts), marks)
         if problem:
             raise LogError(problem)

@@ -6,26 +6,29 @@ import torch
 from torch import Tensor
 
 from dit_fast.errors import UnsupportedError
-from dit_fast.optimizers import SGD
 from dit_fast.problem import Evaluator, Params
+from dit_fast.replay import Replay, advance, rounding_of
 
 # a step must be met within this share of its length, beside the rounding of the parameters themselves
 STEP_TOLERANCE = 1e-4
 
 
-def check_problem(ev: Evaluator, last: int) -> None:
+def check_problem(ev: Evaluator, last: int, replay: Replay) -> None:
     """Replay the first, the middle and the last step before `last` through the problem; ValueError where one is missed.
 
     Raises UnsupportedError for a per-sample loss that depends on the rest of its batch.
     """
     _check_samples_are_independent(ev)
     for t in sorted({0, last // 2, last - 1}):
-        logged = {name: value.to(ev.device, ev.dtype) for name, value in ev.trajectory.params(t + 1).items()}
-        params = ev.params(t)
-        predicted = replay_step(ev, t, params)
+        if not ev.trajectory.has_params(t + 1):
+            replay.at(t + 1)  # nothing to compare with between snapshots, but the replay of a whole segment is checked
+            continue
+        point = replay.at(t)
+        params, logged = point.params, ev.params(t + 1)
+        predicted = advance(ev, t, point).params
         error = _norm({name: predicted[name] - logged[name] for name in logged})
         step = _norm({name: logged[name] - params[name] for name in logged})
-        rounding = _norm({name: _ulp(value) for name, value in ev.trajectory.params(t).items()})
+        rounding = rounding_of(ev, params)
         if not error <= rounding + STEP_TOLERANCE * step:
             cause = _likely_cause(ev, t, params, predicted, logged)
             raise ValueError(
@@ -33,28 +36,6 @@ def check_problem(ev: Evaluator, last: int) -> None:
                 f"{rounding + STEP_TOLERANCE * step:.2g} is rounding and the step's length is {step:.2g}. {cause} "
                 "(check=False skips this test, at the price of scores of another run)"
             )
-
-
-def replay_step(ev: Evaluator, t: int, params: Params) -> Params:
-    """θ[t+1] from θ[t], by the problem's gradient and the optimizer's rule."""
-    gradient = batch_gradient(ev, t, params)
-    settings, groups = ev.trajectory.settings(t), ev.trajectory.groups
-    return {name: SGD.forward(value, gradient[name], settings[groups[name]]) for name, value in params.items()}
-
-
-def batch_gradient(ev: Evaluator, t: int, params: Params) -> Params:
-    """g_t = Σ_b a_b ∇ℓ_b(θ), the l2 part included, over the micro-batches of step t."""
-    inputs = {name: value.detach().requires_grad_() for name, value in params.items()}
-    gradient = {name: torch.zeros_like(value) for name, value in params.items()}
-    for batch in ev.batches(t):
-        total = (batch.coefficients * ev.losses(inputs, batch)).sum()
-        if total.requires_grad:
-            flat = torch.autograd.grad(total, list(inputs.values()), allow_unused=True)
-            for name, piece in zip(inputs, flat, strict=True):
-                gradient[name] += 0 if piece is None else piece
-        for name, value in params.items():
-            gradient[name] += ev.l2 * batch.coefficients.sum() * value
-    return gradient
 
 
 def _check_samples_are_independent(ev: Evaluator) -> None:
@@ -107,8 +88,3 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 
 def _norm(values: Params) -> float:
     return math.sqrt(sum(float(value.double().square().sum()) for value in values.values()))
-
-
-def _ulp(value: Tensor) -> Tensor:
-    size = value.abs()
-    return torch.nextafter(size, torch.full_like(size, torch.inf)) - size

@@ -1,10 +1,15 @@
 """The log's format and how it is written; log_reader.py reads it (design §4).
 
 A directory of `manifest.json` and `chunk-NNNNNN.safetensors`, readable with json and safetensors alone. A chunk holds n
-consecutive steps and stands alone:
+consecutive steps and stands alone, k being the manifest's `every`:
 
-    params        [n+1, P]            θ before each step and after the last, flat in the manifest's order of parameters,
-                                      in their widest dtype
+    params        [⌈n/k⌉+1, P]        θ before every k-th step and after the last, flat in the manifest's order of
+                                      parameters, in their widest dtype or the `log_dtype` asked for
+    state         [segments, slots, P]    the optimizer's state before the first step of each segment, where the optimizer
+                                      has any; a segment is the chunk for k = 1, else the steps between two rows
+    state_counts  int64 [segments, parameters]    how often each parameter's state was updated before that
+    absent        int64 [A, 2]        (step in the chunk, position of the parameter): parameters without a gradient, which
+                                      the optimizer left alone
     batch_ids     int64 [ΣB]          the ids of all steps, one after the other
     coefficients  float64 [ΣB]        their a_b
     micro_sizes   int64 [Σcounts]     the sizes of the micro-batches; one, B, for an ordinary step
@@ -21,7 +26,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,14 +38,20 @@ from torch import Tensor
 
 from dit_fast import optimizers
 from dit_fast.errors import LogError
-from dit_fast.optimizers import SGD
+from dit_fast.optimizers import Clip, Rule
 
 FORMAT, VERSION = "dit_fast log", 1
 MANIFEST, CONSTANTS = "manifest.json", "constants.safetensors"
 
 # pieces small enough to be hashed and written out of the cache
 _PIECE = 4 << 20
-_CODES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
+_CODES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
 
 
 @dataclass(frozen=True)
@@ -50,21 +61,44 @@ class Header:
     parameters: name → (shape, dtype). groups: name → index of the parameter group. optimizer: one rule per group.
     training_flags: module name → train or eval. constants: buffer name → value. frozen_digests: name → sha256 of the
     parameters that were not trained (`modules.tensor_digest`). reduction: "mean" or "sum", for information.
+    clip: how gradients were clipped. every: k, the steps between two stored rows. log_dtype: of the stored rows, None = the
+    parameters' own.
     """
 
     parameters: dict[str, tuple[torch.Size, torch.dtype]]
     groups: dict[str, int]
-    optimizer: tuple[SGD, ...]
+    optimizer: tuple[Rule, ...]
     num_samples: int | None = None
     training_flags: dict[str, bool] | None = None
     constants: dict[str, Tensor] | None = None
     frozen_digests: dict[str, str] | None = None
     reduction: str | None = None
+    clip: Clip = field(default_factory=Clip)
+    every: int = 1
+    log_dtype: torch.dtype | None = None
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """The widest of the parameters' dtypes, exact for all of them."""
+        return torch.float64 if torch.float64 in {dtype for _, dtype in self.parameters.values()} else torch.float32
 
     @property
     def row_dtype(self) -> torch.dtype:
-        """The widest of the parameters' dtypes, exact for all of them."""
-        return torch.float64 if torch.float64 in {dtype for _, dtype in self.parameters.values()} else torch.float32
+        """The dtype of stored parameters."""
+        return self.log_dtype or self.state_dtype
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the optimizer's state tensors; none for SGD without momentum."""
+        return optimizers.slots_of(self.optimizer)
+
+    def num_rows(self, num_steps: int) -> int:
+        """Rows of parameters in a chunk of so many steps."""
+        return -(-num_steps // self.every) + 1
+
+    def num_segments(self, num_steps: int) -> int:
+        """Segments in a chunk of so many steps, each of which begins with the optimizer's state."""
+        return 1 if self.every == 1 else -(-num_steps // self.every)
 
     @property
     def row_size(self) -> int:
@@ -87,13 +121,42 @@ class Header:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step was made of: ids [B] int64, coefficients a [B] float64, the sizes of its micro-batches (sum B), and
-    the settings of the optimizer [groups][settings] in the order of `setting_names`."""
+    """What one step was made of: ids [B] int64, coefficients a [B] float64, the sizes of its micro-batches (sum B), the
+    settings of the optimizer [groups][settings] in the order of `setting_names`, and the positions of the parameters that
+    had no gradient."""
 
     ids: Tensor
     coefficients: Tensor
     micro_sizes: tuple[int, ...]
     settings: list[list[float]]
+    absent: tuple[int, ...] = ()
+
+
+def update_counts(header: Header, before: Tensor, steps: Iterable[Step]) -> Tensor:
+    """int64 [n+1, parameters]: how often each parameter's state was updated before each of n steps and after the last."""
+    groups = torch.tensor([header.groups[name] for name in header.parameters])
+    rows = [before]
+    for step in steps:
+        counted = [
+            rule.counted(dict(zip(rule.setting_names, values, strict=True)))
+            for rule, values in zip(header.optimizer, step.settings, strict=True)
+        ]
+        added = torch.tensor(counted, dtype=torch.int64)[groups]
+        if step.absent:
+            added[list(step.absent)] = 0
+        rows.append(rows[-1] + added)
+    return torch.stack(rows)
+
+
+@dataclass
+class Chunk:
+    """The content of a chunk: its steps, rows of parameters, states [segments, slots, P] and their counts, as in the module
+    docstring; rows, states and counts may hold more than the steps need."""
+
+    steps: list[Step]
+    rows: Tensor
+    state: Tensor
+    counts: Tensor
 
 
 def as_doubles(values: Any) -> Tensor:
@@ -105,7 +168,7 @@ def as_doubles(values: Any) -> Tensor:
 
 def first_nonfinite(rows: Tensor) -> tuple[int, int] | None:
     """(row, column) of the first NaN or infinity in rows [n, P]; None where there is none."""
-    values = rows.numpy()
+    values = (rows if rows.dtype in (torch.float32, torch.float64) else rows.float()).numpy()
     with np.errstate(all="ignore"):  # sums first, because they need no [n, P] of flags; they may overflow themselves
         suspects = np.flatnonzero(~np.isfinite(values.sum(axis=1)))
     for row in suspects:
@@ -136,7 +199,7 @@ class LogWriter:
     def __init__(self, path: Path, header: Header) -> None:
         self.path = path
         self._chunks: list[dict[str, Any]] = []
-        names = optimizers.RULES[optimizers.to_json(header.optimizer)["kind"]].setting_names
+        self._header = header
         constants = safetensors.torch.save({n: v.contiguous() for n, v in (header.constants or {}).items()})
         digest, _ = _write_file(path / CONSTANTS, [constants])
         self._head = {
@@ -147,7 +210,11 @@ class LogWriter:
                 for n, (s, d) in header.parameters.items()
             ],
             "optimizer": optimizers.to_json(header.optimizer),
-            "setting_names": list(names),
+            "setting_names": list(header.optimizer[0].setting_names),
+            "slots": list(header.slots),
+            "clip": {"norm": header.clip.norm, "value": header.clip.value},
+            "every": header.every,
+            "log_dtype": None if header.log_dtype is None else str(header.log_dtype).removeprefix("torch."),
             "num_samples": header.num_samples,
             "reduction": header.reduction,
             "training_flags": header.training_flags,
@@ -162,16 +229,21 @@ class LogWriter:
         """Steps in finished chunks."""
         return sum(chunk["steps"] for chunk in self._chunks)
 
-    def add_chunk(self, rows: Tensor, steps: list[Step], marks: Mapping[str, int]) -> None:
-        """The next len(steps) steps and their rows [len(steps)+1, P]."""
+    def add_chunk(self, chunk: "Chunk", marks: Mapping[str, int]) -> None:
+        """The next len(chunk.steps) steps."""
+        steps, segments = chunk.steps, self._header.num_segments(len(chunk.steps))
+        absent = [(t, position) for t, step in enumerate(steps) for position in step.absent]
         tensors = {
             "coefficients": torch.cat([step.coefficients for step in steps]),
             "batch_ids": torch.cat([step.ids for step in steps]),
             "micro_sizes": torch.tensor([size for step in steps for size in step.micro_sizes], dtype=torch.int64),
             "micro_counts": torch.tensor([len(step.micro_sizes) for step in steps], dtype=torch.int64),
             "settings": torch.tensor([step.settings for step in steps], dtype=torch.float64),
-            "params": rows,
+            "absent": torch.tensor(absent, dtype=torch.int64).reshape(-1, 2),
+            "params": chunk.rows[: self._header.num_rows(len(steps))],
         }
+        if self._header.slots:
+            tensors |= {"state": chunk.state[:segments], "state_counts": chunk.counts[:segments]}
         file = chunk_name(len(self._chunks))
         digest, size = _write_file(self.path / file, _safetensors(tensors))
         row = {"file": file, "start": self.num_steps, "steps": len(steps), "sha256": digest, "bytes": size}
@@ -223,7 +295,10 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> list[Any]:
         at = end
     head = json.dumps(entries).encode()
     head += b" " * (-len(head) % 8)
-    return [len(head).to_bytes(8, "little") + head, *(tensor.contiguous().reshape(-1).numpy() for tensor in tensors.values())]
+    return [
+        len(head).to_bytes(8, "little") + head,
+        *(tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for tensor in tensors.values()),
+    ]
 
 
 def chunk_name(number: int) -> str:

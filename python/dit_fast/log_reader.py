@@ -25,9 +25,12 @@ from dit_fast.log import (
     canonical_digest,
     chunk_name,
     first_nonfinite,
+    update_counts,
 )
+from dit_fast.optimizers import Clip, State
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_LOG_DTYPES = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OPEN_CHUNKS = 8
 
 
@@ -63,17 +66,46 @@ class LogReader:
         """The manifest's sha256, which covers those of all chunks."""
         return self._digest
 
-    def params(self, t: int) -> dict[str, Tensor]:
-        """θ[t], 0 ≤ t ≤ T."""
+    def params(self, t: int) -> dict[str, Tensor] | None:
+        """θ[t], 0 ≤ t ≤ T; None between two stored rows."""
+        chunk, at = self._at(t)
+        if at == chunk.row.steps:
+            return self.header.split(chunk.rows[-1])
+        return None if at % self.header.every else self.header.split(chunk.rows[at // self.header.every])
+
+    def state(self, t: int) -> dict[str, State] | None:
+        """The optimizer's state before step t, 0 ≤ t < T; None where no segment begins."""
+        chunk, at = self._at(t)
+        start, _ = self.segment(t)
+        if start != t:
+            return None
+        states = [self.header.split(row) for row in chunk.state[at // self.header.every]]
+        return {name: tuple(state[name] for state in states) for name in self.header.parameters}
+
+    def counts(self, t: int) -> Tensor:
+        """int64 [parameters]: updates of each parameter's state before step t, 0 ≤ t ≤ T."""
+        chunk, at = self._at(t)
+        return chunk.counts[at]
+
+    def segment(self, t: int) -> tuple[int, int]:
+        """The steps start ≤ s < stop, t among them, at whose start both parameters and state are stored."""
+        chunk, at = self._at(t)
+        if self.header.every == 1:
+            return chunk.row.start, chunk.row.stop
+        start = chunk.row.start + at // self.header.every * self.header.every
+        return start, min(start + self.header.every, chunk.row.stop)
+
+    def _at(self, t: int) -> tuple["_OpenChunk", int]:
+        """The chunk that holds step t, or the last step for t = T, and the position of t in it."""
         if not self._chunks:
             raise LogError(f"{self.path}: the run ended before its first chunk was finished, so there are no parameters")
         chunk = self._chunk(min(t, self.num_steps - 1))
-        return self.header.split(chunk.rows[t - chunk.row.start])
+        return chunk, t - chunk.row.start
 
     def step(self, t: int) -> Step:
         """What step t was made of, 0 ≤ t < T."""
-        chunk = self._chunk(t)
-        return chunk.steps[t - chunk.row.start]
+        chunk, at = self._at(t)
+        return chunk.steps[at]
 
     def verify(self) -> None:
         """Read and check every chunk, also those already trusted."""
@@ -85,7 +117,7 @@ class LogReader:
     def _parse_header(self, data: Mapping[str, Any]) -> Header:
         rows, optimizer = data["parameters"], optimizers.from_json(data["optimizer"])
         names = [list(rule.setting_names) for rule in optimizer]
-        if not rows or any(data["setting_names"] != own for own in names):
+        if not rows or data["every"] < 1 or any(data["setting_names"] != own for own in names):
             raise ValueError(f"setting_names {data['setting_names']} and the optimizer's {names} must agree")
         if len({row["name"] for row in rows}) < len(rows) or not all(0 <= row["group"] < len(optimizer) for row in rows):
             raise ValueError("a parameter is named twice or belongs to no group")
@@ -101,6 +133,9 @@ class LogReader:
             constants=safetensors.torch.load_file(constants),
             frozen_digests=dict(data["frozen"]),
             reduction=data["reduction"],
+            clip=Clip(**data["clip"]),
+            every=int(data["every"]),
+            log_dtype=_LOG_DTYPES[data["log_dtype"]],
         )
 
     def _check_chunks(self) -> None:
@@ -140,11 +175,12 @@ class LogReader:
 
     def _check_values(self, number: int, chunk: "_OpenChunk", where: str) -> None:
         if bad := first_nonfinite(chunk.rows):
-            step, name = chunk.row.start + bad[0], self.header.name_at(bad[1])
+            step = min(chunk.row.start + bad[0] * self.header.every, chunk.row.stop)
+            name = self.header.name_at(bad[1])
             raise LogError(f"{where}: parameter '{name}' holds NaN or infinity before step {step}")
         if number:
             before = self._chunks[number - 1]
-            last = _OpenChunk.last_row(self.path / before.file, before)
+            last = _OpenChunk.last_row(self.path / before.file, before, self.header)
             if not torch.equal(last, chunk.rows[0]):
                 raise LogError(
                     f"{where}: its parameters before step {chunk.row.start} are not those that {before.file} ends with"
@@ -172,7 +208,7 @@ class _ChunkRow:
 
 
 class _OpenChunk:
-    """A chunk's memory-mapped rows [n+1, P] and its steps, shapes checked against the manifest."""
+    """A chunk's memory-mapped rows and states and its steps, shapes checked against the manifest."""
 
     def __init__(self, file: Path, row: _ChunkRow, header: Header, where: str) -> None:
         self.row = row
@@ -180,16 +216,19 @@ class _OpenChunk:
             with safe_open(file, framework="pt") as tensors:
                 data = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118, not a dict
             self.rows: Tensor = data["params"]
+            self.state: Tensor = data.get("state", torch.empty(header.num_segments(row.steps), 0, header.row_size))
             self.steps = self._parse(data, header)
+            before = data["state_counts"][0] if header.slots else torch.zeros(len(header.parameters), dtype=torch.int64)
+            self.counts = update_counts(header, before, self.steps)
         except (OSError, KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise LogError(f"{where} is not a chunk of this log: {error}") from error
 
     @staticmethod
-    def last_row(file: Path, row: _ChunkRow) -> Tensor:
+    def last_row(file: Path, row: _ChunkRow, header: Header) -> Tensor:
         """θ after the last step, without checking the rest."""
         try:
             with safe_open(file, framework="pt") as tensors:
-                return tensors.get_slice("params")[row.steps]
+                return tensors.get_slice("params")[header.num_rows(row.steps) - 1]
         except (OSError, ValueError, RuntimeError, IndexError, safetensors.SafetensorError) as error:
             raise LogError(f"{file} (steps {row.start}–{row.stop - 1}) is damaged: {error}") from error
 
@@ -197,13 +236,20 @@ class _OpenChunk:
         row, groups, settings = self.row, len(header.optimizer), len(header.optimizer[0].setting_names)
         counts, sizes = data["micro_counts"].tolist(), data["micro_sizes"].tolist()
         expected = {
-            "params": (header.row_dtype, (row.steps + 1, header.row_size)),
+            "params": (header.row_dtype, (header.num_rows(row.steps), header.row_size)),
+            "absent": (torch.int64, (len(data["absent"]), 2)),
             "batch_ids": (torch.int64, (sum(sizes),)),
             "coefficients": (torch.float64, (sum(sizes),)),
             "micro_sizes": (torch.int64, (sum(counts),)),
             "micro_counts": (torch.int64, (row.steps,)),
             "settings": (torch.float64, (row.steps, groups, settings)),
         }
+        if header.slots:
+            segments = header.num_segments(row.steps)
+            expected |= {
+                "state": (header.state_dtype, (segments, len(header.slots), header.row_size)),
+                "state_counts": (torch.int64, (segments, len(header.parameters))),
+            }
         for name, (dtype, shape) in expected.items():
             if data[name].dtype != dtype or tuple(data[name].shape) != shape:
                 raise ValueError(f"{name} is {data[name].dtype} {tuple(data[name].shape)}, not {dtype} {shape}")
@@ -213,12 +259,18 @@ class _OpenChunk:
             raise ValueError(f"an empty batch, or an id outside 0..{limit - 1}")
         if not torch.isfinite(data["coefficients"]).all() or not torch.isfinite(data["settings"]).all():
             raise ValueError("coefficients or settings hold NaN or infinity")
+        absent: list[list[int]] = [[] for _ in range(row.steps)]
+        for t, position in data["absent"].tolist():
+            if not (0 <= t < row.steps and 0 <= position < len(header.parameters)):
+                raise ValueError("absent names a step or a parameter that is not there")
+            absent[t].append(position)
         parts = [p.tolist() for p in data["micro_sizes"].split(counts)]
         batch_sizes = [sum(part) for part in parts]
         flat = zip(
-            ids.split(batch_sizes), data["coefficients"].split(batch_sizes), parts, data["settings"].tolist(), strict=True
-        )
-        return [Step(i, a, tuple(part), values) for i, a, part, values in flat]
+            ids.split(batch_sizes), data["coefficients"].split(batch_sizes), parts, data["settings"].tolist(), absent,
+            strict=True,
+        )  # fmt: skip
+        return [Step(i, a, tuple(part), values, tuple(missing)) for i, a, part, values, missing in flat]
 
 
 def _around(chunks: list[_ChunkRow], t: int) -> Iterable[tuple[int, _ChunkRow]]:

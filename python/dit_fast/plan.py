@@ -12,12 +12,12 @@ from dit_fast.linearize import Hessian, Mode, linearize
 from dit_fast.problem import Batch, Evaluator, Params
 from dit_fast.trajectory import Window
 
-# blocks of P numbers a column holds at once: U, its cotangent and the Hessian product
-BLOCKS_PER_COLUMN = 3
+# blocks of P numbers a column holds at once beside U itself: its cotangent and the Hessian product
+BLOCKS_PER_COLUMN = 2
 # saved activations a column of a pull adds, as multiples of those of the primal graph (tangents and their cotangents)
 GRAPHS_PER_COLUMN = 3
-# shares of the budget for the blocks of a sweep and for the activations of a pull
-BLOCK_SHARE, PULL_SHARE = 0.5, 0.4
+# shares of the budget for the blocks of a sweep, the activations of a pull, and replayed parameters and states
+BLOCK_SHARE, PULL_SHARE, REPLAY_SHARE = 0.4, 0.3, 0.2
 
 # a graph that saves more than this no longer shares the CPU's caches between columns: one column at a time is then as
 # fast as or faster than all at once, and smaller (`bench/bench_linearize.py`)
@@ -79,9 +79,9 @@ def memory_budget(budget: int | float | str | None, device: torch.device) -> int
     return int(budget)
 
 
-def columns_per_sweep(budget: int, num_parameters: int, num_samples: int, itemsize: int) -> int:
-    """How many columns travel together; ValueError where not even one fits."""
-    one = BLOCKS_PER_COLUMN * num_parameters * itemsize + 8 * num_samples
+def columns_per_sweep(budget: int, num_parameters: int, num_samples: int, itemsize: int, num_blocks: int = 1) -> int:
+    """How many columns of `num_blocks` blocks (θ and the optimizer's state) travel together; ValueError where not one fits."""
+    one = (num_blocks + BLOCKS_PER_COLUMN) * num_parameters * itemsize + 8 * num_samples
     if one > budget:
         raise ValueError(f"one column needs {format_bytes(one)}, more than memory_budget = {format_bytes(budget)}")
     return max(1, int(BLOCK_SHARE * budget) // one)

@@ -118,7 +118,7 @@ class Evaluator:
     def create(
         cls, problem: Problem, trajectory: Trajectory, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> "Evaluator":
-        """With the model's device and the log's widest dtype where they are None; checks the arguments' types."""
+        """With the model's device and `default_dtype` where they are None; checks the arguments' types."""
         if not isinstance(trajectory, Trajectory):
             raise TypeError(f"trajectory must be a dit_fast.Trajectory, got {type(trajectory).__name__}")
         if not isinstance(problem, Problem):
@@ -127,7 +127,7 @@ class Evaluator:
             raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         if device is None:
             device = next((p.device for p in problem.model.parameters()), torch.device("cpu"))
-        return cls(problem, trajectory, torch.device(device), dtype or common_dtype(trajectory))
+        return cls(problem, trajectory, torch.device(device), dtype or default_dtype(trajectory))
 
     def describe(self) -> dict[str, Any]:
         """For result.meta: the log's hash, the numbers' origin and the versions."""
@@ -272,9 +272,13 @@ def _match_parameters(model: nn.Module, trajectory: Trajectory) -> None:
             raise LogError(f"the model's frozen parameter '{name}' is not the one the run was logged with")
 
 
-def common_dtype(trajectory: Trajectory) -> torch.dtype:
-    """The widest of the parameters' dtypes; UnsupportedError for anything below float32."""
+def default_dtype(trajectory: Trajectory) -> torch.dtype:
+    """The widest of the parameters' dtypes; UnsupportedError for anything below float32.
+
+    float64 for optimizers whose step is not linear in the gradient: Adam's g/√v loses float32's digits where |g| ≈ eps.
+    """
     dtypes = {dtype for _, dtype in trajectory.parameters.values()}
     if not dtypes <= {torch.float32, torch.float64}:
         raise UnsupportedError(f"parameters of dtype {sorted(map(str, dtypes))}: float32 and float64 are supported")
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+    is_linear = all(rule.is_linear for rule in trajectory.optimizer)
+    return torch.float64 if torch.float64 in dtypes or not is_linear else torch.float32

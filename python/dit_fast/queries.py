@@ -242,9 +242,8 @@ def values_at(ev: Evaluator, params: Params, asked: Sequence[Query]) -> Tensor:
         return torch.cat([values(ev, params, query) for query in asked])
 
 
-def gradients_at(ev: Evaluator, t: int, asked: Sequence[Query]) -> Params:
-    """q(t) of all queries in eval mode: one block [Q, *shape] per parameter."""
-    params = ev.params(t)
+def gradients_at(ev: Evaluator, t: int, params: Params, asked: Sequence[Query]) -> Params:
+    """q(t) of all queries at θ[t] = `params`, in eval mode: one block [Q, *shape] per parameter."""
     with ev.eval_mode():
         blocks = [query_gradient(ev, t, params, query) for query in asked]
     return {name: torch.cat([block[name] for block in blocks]) for name in params}

@@ -20,6 +20,7 @@ from dit_fast.recording import Recording, Source
 
 _recorded_optimizers: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
 _recorded_paths: set[Path] = set()
+_LOG_DTYPES = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Recorder:
@@ -39,9 +40,14 @@ class Recorder:
     path: a directory, made if need be. An existing log there is refused; overwrite=True deletes it (its own files only).
     model: its trainable parameters that `optimizer` holds are logged, float32 or float64, on the CPU or one GPU. Its
         buffers are logged once, of its other parameters a hash; both must stay as they are.
-    optimizer: torch.optim.SGD without momentum, any number of parameter groups, any schedule of rates and weight decay.
+    optimizer: torch.optim.SGD, Adam or AdamW, any number of parameter groups, any schedule of their settings.
     reduction: how the loss given to backward() was reduced over the batch: "mean", a_b = scale / B, or "sum", a_b = scale.
     num_samples: N; ids at or above it are refused. None = not known.
+    every: k; parameters are stored before every k-th step only and those between replayed when scores are computed, which
+        costs about one training run more and needs the problem to reproduce the run to rounding.
+    clip_norm, clip_value: the limit where you clip gradients before each step, by torch.nn.utils.clip_grad_norm_ (Euclidean,
+        over all parameters logged) or clip_grad_value_. The Recorder does not clip; it has to be told.
+    log_dtype: "bfloat16" or "float16" to halve the log of float32 parameters, at a cost in accuracy (README).
     chunk_bytes: size of a chunk on disk and of its buffer in memory; 4 to 512 steps are kept to a chunk in any case.
     queue_chunks: full chunks that may wait for the disk; when there are more, the training loop waits. The Recorder holds
         queue_chunks + 1 buffers, pinned where the parameters are on a GPU.
@@ -62,17 +68,26 @@ class Recorder:
         *,
         reduction: str = "mean",
         num_samples: int | None = None,
+        every: int = 1,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        log_dtype: str | None = None,
         chunk_bytes: int = 64 << 20,
         queue_chunks: int = 2,
         overwrite: bool = False,
     ) -> None:
         if reduction not in ("mean", "sum"):
             raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
-        for name, value in (("chunk_bytes", chunk_bytes), ("queue_chunks", queue_chunks), ("num_samples", num_samples)):
+        sizes = {"chunk_bytes": chunk_bytes, "queue_chunks": queue_chunks, "num_samples": num_samples, "every": every}
+        for name, value in sizes.items():
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if log_dtype not in _LOG_DTYPES:
+            raise ValueError(f'log_dtype must be "bfloat16", "float16" or None, got {log_dtype!r}')
+        self._clip = optimizers.Clip(clip_norm, clip_value)
+        self._every, self._log_dtype = every, _LOG_DTYPES[log_dtype]
         self._rules = optimizers.from_torch(optimizer)
         if optimizer in _recorded_optimizers:
             raise LogError("this optimizer is being recorded already; close() the other Recorder first")
@@ -209,18 +224,21 @@ class Recorder:
         if self._elsewhere() or settings is None or self._recording is None:
             return
         self._check_named()
-        self._check_gradients()
+        absent = self._check_gradients()
         ids, coefficients = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
         sizes = tuple(len(batch) for batch, _ in self._pending)
         self._pending = []
         if self._scope is not None:
             self._scope.done = True
-        self._recording.add(Step(ids, coefficients, sizes, settings), self._marks)
+        self._recording.add(Step(ids, coefficients, sizes, settings, absent), self._marks)
         self._num_steps += 1
 
     def _source(self) -> Source:
         groups = {name: self._held[p] for name, p in self._params.items()}
-        return Source(self._model, self._params, groups, self._rules, self._reduction, self._num_samples)
+        return Source(
+            self._model, self._params, groups, self._optimizer, self._rules, self._reduction, self._num_samples,
+            self._clip, self._every, self._log_dtype,
+        )  # fmt: skip
 
     def _check_named(self) -> None:
         if not self._pending:
@@ -229,25 +247,27 @@ class Recorder:
                 "or after recorder.batch(ids)"
             )
 
-    def _check_gradients(self) -> None:
+    def _check_gradients(self) -> tuple[int, ...]:
+        """Positions of the parameters without a gradient, which the optimizer leaves alone."""
         for name, p in self._params.items():
-            if p.grad is None:
-                group = self._optimizer.param_groups[self._held[p]]
-                if group["weight_decay"]:
-                    raise UnsupportedError(
-                        f"step {self._num_steps}: parameter '{name}' has no gradient, so that torch leaves out its weight "
-                        "decay; give it weight_decay=0 or zero gradients (zero_grad(set_to_none=False))"
-                    )
-            elif p.grad.layout != torch.strided:
+            if p.grad is not None and p.grad.layout != torch.strided:
                 raise UnsupportedError(f"step {self._num_steps}: parameter '{name}' has a sparse gradient; use sparse=False")
+        return tuple(i for i, p in enumerate(self._params.values()) if p.grad is None)
 
     def _check_optimizer(self) -> None:
         if _held_parameters(self._optimizer) != self._held:
             raise LogError(f"step {self._num_steps}: the optimizer's parameters are not those it had when recording began")
         try:
-            optimizers.from_torch(self._optimizer)
+            rules = optimizers.from_torch(self._optimizer)
         except UnsupportedError as error:
             raise UnsupportedError(f"step {self._num_steps}: {error}") from error
+        if [rule.slots for rule in rules] != [rule.slots for rule in self._rules] and any(
+            set(now.slots) - set(then.slots) for now, then in zip(rules, self._rules, strict=True)
+        ):
+            raise UnsupportedError(
+                f"step {self._num_steps}: momentum was 0 when recording began and is not any more; "
+                "begin with a momentum above 0 where a schedule brings it in"
+            )
 
     def _check_open(self) -> None:
         if os.getpid() != self._pid:

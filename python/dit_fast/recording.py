@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ from dit_fast.background import (
     nonfinite_message,
 )
 from dit_fast.errors import LogError, UnsupportedError
-from dit_fast.log import MANIFEST, Header, LogWriter, Step
-from dit_fast.optimizers import SGD
+from dit_fast.log import MANIFEST, Header, LogWriter, Step, update_counts
+from dit_fast.optimizers import Clip, Rule
 
 # a chunk repeats one row of its neighbour, so not too few; a killed run loses the chunk it was filling, so not too many
 _MIN_STEPS, _MAX_STEPS = 4, 512
@@ -61,9 +62,13 @@ class Source:
     model: nn.Module
     params: dict[str, nn.Parameter]
     groups: dict[str, int]
-    rules: tuple[SGD, ...]
+    optimizer: torch.optim.Optimizer
+    rules: tuple[Rule, ...]
     reduction: str
     num_samples: int | None
+    clip: Clip
+    every: int
+    log_dtype: torch.dtype | None
 
 
 class Recording:
@@ -84,12 +89,16 @@ class Recording:
             constants={f.name: f.value for f in self._fixed if f.value is not None},
             frozen_digests={f.name: f.digest for f in self._fixed if f.value is None},
             reduction=source.reduction,
+            clip=source.clip,
+            every=source.every,
+            log_dtype=source.log_dtype,
         )
+        self._optimizer = source.optimizer
+        self._counts = self._first_counts()
         self._device = _common_device(source.params)
         params = list(source.params.values())
         rows = self._rows = HostRows(header, params) if self._device.type == "cpu" else DeviceRows(header, params)
-        row_bytes = header.row_size * header.row_dtype.itemsize
-        capacity = min(max(chunk_bytes // max(row_bytes, 1) - 1, _MIN_STEPS), _MAX_STEPS)
+        capacity = _capacity(header, chunk_bytes)
         if (path / MANIFEST).exists():
             raise LogError(f"{path} holds a log by now: does another Recorder write there? choose another path")
         try:
@@ -104,6 +113,7 @@ class Recording:
             self.writer.join()
             raise
         rows.copy(self._buffer, 0)
+        self._copy_state(0)
 
     def check(self, step: int) -> None:
         """LogError where the flags, a fixed tensor or a parameter is not what it was after the step before."""
@@ -118,14 +128,19 @@ class Recording:
 
     def add(self, step: Step, marks: Mapping[str, int]) -> None:
         """The step just done; waits only where every buffer is full."""
-        buffer = self._buffer
+        buffer, every = self._buffer, self._header.every
         buffer.steps.append(step)
-        self._rows.copy(buffer, len(buffer.steps))
-        if len(buffer.steps) == buffer.capacity:
+        number = len(buffer.steps)
+        self._counts = update_counts(self._header, self._counts, [step])[1]
+        self._rows.copy(buffer, None if number % every else number // every)
+        if number == buffer.capacity:
             self._buffer = self.writer.take()
-            self._rows.carry(buffer, self._buffer)
+            self._rows.copy_last(self._buffer, 0)
+            self._copy_state(0)
             self._rows.seal(buffer)
             self.writer.put(buffer, marks)
+        elif every > 1 and number % every == 0:
+            self._copy_state(number // every)
 
     def finish(self, step: int, marks: Mapping[str, int], complete: bool) -> None:
         """Write everything; LogError for what is not as the last step left it, or for what the disk refused."""
@@ -136,6 +151,8 @@ class Recording:
             self._check_params(step)
         except LogError as error:
             problem = error
+        if number := len(self._buffer.steps):
+            self._rows.copy_last(self._buffer, self._header.num_rows(number) - 1)
         self._rows.seal(self._buffer)
         self.writer.put(self._buffer, marks)
         self.writer.put_marks(marks, complete and problem is None)
@@ -143,6 +160,22 @@ class Recording:
         if problem is not None:
             raise problem
         self.writer.check()
+
+    def _copy_state(self, segment: int) -> None:
+        """The optimizer's state and its counts as they are now begin a segment."""
+        self._buffer.counts[segment] = self._counts
+        if self._header.slots:
+            state = self._optimizer.state
+            slots = [[_slot(state, p, slot) for p in self._params.values()] for slot in self._header.slots]
+            self._rows.copy_state(self._buffer, segment, slots)
+
+    def _first_counts(self) -> Tensor:
+        """How often each parameter's state was updated before recording began; a momentum buffer counts once."""
+        counts = []
+        for p in self._params.values():
+            state = self._optimizer.state.get(p, {})
+            counts.append(int(state["step"]) if "step" in state else int(state.get("momentum_buffer") is not None))
+        return torch.tensor(counts, dtype=torch.int64)
 
     def _make_buffer(self, capacity: int) -> ChunkBuffer:
         # pinning takes a CUDA context, and in the writer's thread that would be device 0
@@ -167,6 +200,21 @@ class Recording:
             row = self._header.split(self._buffer.rows[len(self._buffer.steps)])
             is_finite = torch.isfinite(row[name]).all()
             raise LogError(changed_message(step, name) if is_finite else nonfinite_message(step - 1, name))
+
+
+def _capacity(header: Header, chunk_bytes: int) -> int:
+    """Steps of a chunk: a multiple of `every` that fits chunk_bytes, within the limits above."""
+    row_bytes = max(header.row_size * header.row_dtype.itemsize, 1)
+    if header.every == 1:
+        return min(max(chunk_bytes // row_bytes - 1, _MIN_STEPS), _MAX_STEPS)
+    segment_bytes = row_bytes + len(header.slots) * header.row_size * header.state_dtype.itemsize
+    return header.every * min(max(chunk_bytes // segment_bytes, 1), max(_MAX_STEPS // header.every, 1))
+
+
+def _slot(state: Any, p: Tensor, slot: str) -> Tensor:
+    """The parameter's state tensor, zeros where torch has not made it yet."""
+    tensor = state.get(p, {}).get(slot)
+    return torch.zeros_like(p) if tensor is None else tensor
 
 
 def _fixed_tensors(model: nn.Module, params: Mapping[str, nn.Parameter]) -> list[_Fixed]:

@@ -63,6 +63,7 @@ def score(
         sizes = queries.sizes(literal.ev, asked)
         endpoint_scores = {0: torch.zeros(sum(sizes), problem.num_samples, dtype=torch.float64)}
         with progress_bar(sum(ends) * sum(sizes), "reference", show_progress) as bar:
+            literal.retrace(ends[-1] if query_at == "endpoint" else trajectory.num_steps)
             for end in ends:
                 starts = literal.query_gradients(end, end if query_at == "endpoint" else trajectory.num_steps, asked, sizes)
                 endpoint_scores[end] = torch.stack([literal.sweep(end, u, hessian, bar.update) for u in starts])
@@ -127,10 +128,76 @@ class _Literal:
         for name, value in (trajectory.constants or {}).items():
             dict(self.model.named_buffers())[name].copy_(value)
         self.parameters = {n: p for n, p in self.model.named_parameters() if n in trajectory.parameters}
+        # θ and the optimizer's state before each step, where the log does not hold them all
+        self.points: dict[int, tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]] = {}
 
     def load(self, t: int) -> None:
-        for name, value in self.trajectory.params(t).items():
+        stored = self.points[t][0] if t in self.points else self.trajectory.params(t)
+        for name, value in stored.items():
             self.parameters[name].data = value.to(self.ev.device, self.ev.dtype, copy=True)
+
+    def retrace(self, last: int) -> None:
+        """Repeat the steps before `last` by torch's optimizer, from the start and through every stored θ[t], and keep all."""
+        if self.trajectory.every == 1 and not self.trajectory.slots:
+            return
+        self.load(0)
+        optimizer = self.make_optimizer()
+        for t in range(last + 1):
+            if self.trajectory.has_params(t):
+                self.load(t)
+            params = {name: p.detach().clone() for name, p in self.parameters.items()}
+            state = {
+                name: {key: torch.as_tensor(v).clone() for key, v in optimizer.state[p].items() if v is not None}
+                for name, p in self.parameters.items()
+            }
+            self.points[t] = (params, state)
+            if t < last:
+                self.take_step(optimizer, t, [])
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """torch's optimizer, one group per parameter, in the state it had before the first step."""
+        rules, groups, stored = self.trajectory.optimizer, self.trajectory.groups, self.trajectory.state(0) or {}
+        kinds = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
+        optimizer = kinds[rules[0].kind]([{"params": [p]} for p in self.parameters.values()], lr=0.0)
+        counts = self.trajectory.counts(0)
+        for name, p in self.parameters.items():
+            slots = rules[groups[name]].slots
+            if counts[name] and slots:
+                tensors = zip(slots, stored[name], strict=False)
+                optimizer.state[p] = {slot: v.to(self.ev.device, self.ev.dtype, copy=True) for slot, v in tensors}
+                if rules[0].kind != "SGD":
+                    optimizer.state[p]["step"] = torch.tensor(float(counts[name]))
+        return optimizer
+
+    def take_step(self, optimizer: torch.optim.Optimizer, t: int, left_out: list[int]) -> None:
+        """Step t as in training, without some samples: backward() per micro-batch, clipping, optimizer.step()."""
+        for group, name in zip(optimizer.param_groups, self.parameters, strict=True):
+            settings = self._settings(t, name)
+            if "beta1" in settings:
+                settings["betas"] = (settings.pop("beta1"), settings.pop("beta2"))  # type: ignore[assignment]
+            group.update({key: bool(v) if key in ("nesterov", "maximize") else v for key, v in settings.items()})
+            if self.trajectory.optimizer[0].kind != "SGD":
+                kind = self.trajectory.optimizer[self.trajectory.groups[name]].kind
+                group["decoupled_weight_decay"] = kind == "AdamW"
+        optimizer.zero_grad()
+        for part in self.trajectory.micro_batches(t):
+            ids, coefficients = self.trajectory.batch_ids(t)[part], self.trajectory.coefficients(t)[part]
+            args, kwargs, target = self.ev.unpack(self.problem.samples.batch(ids))
+            losses = self.problem.per_sample_loss(self.model(*args, **kwargs), target) + self._penalty()
+            kept = torch.tensor([float(i not in left_out) for i in ids.tolist()])
+            (losses * (kept * coefficients).to(losses)).sum().backward()
+        absent = self.trajectory.absent(t)
+        for name, p in self.parameters.items():
+            if name in absent:
+                p.grad = None
+            elif p.grad is None:
+                p.grad = torch.zeros_like(p)
+        clip = self.trajectory.clip
+        if clip.norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), clip.norm)
+        if clip.value is not None:
+            torch.nn.utils.clip_grad_value_(self.parameters.values(), clip.value)
+        optimizer.step()
 
     def loss(self, sample: int) -> Tensor:
         """ℓ_j(θ) of one sample, the l2 part included, from a batch of its own."""
@@ -163,56 +230,78 @@ class _Literal:
     def sweep(self, end: int, u: Vector, hessian: str, progress: Any) -> Tensor:
         """Scores [N] of [0, end) for the query gradient u."""
         scores = torch.zeros(self.problem.num_samples, dtype=torch.float64)
+        names = list(self.parameters)
+        # behind u, the cotangents of the optimizer's state
+        states = {name: [torch.zeros_like(p) for _ in self.trajectory.slots] for name, p in self.parameters.items()}
         for t in reversed(range(end)):
             self.load(t)
             ids, coefficients = self.trajectory.batch_ids(t).tolist(), self.trajectory.coefficients(t).tolist()
-            # c, the cotangent of the batch gradient in θ[t+1] = θ[t] − η (g + wd θ[t]); each group has its own η and wd
-            settings = [self._settings(t, name) for name in self.parameters]
-            c = [-s["lr"] * piece for s, piece in zip(settings, u, strict=True)]
+            g = self.gradient(sum(a * self.loss(j) for j, a in zip(ids, coefficients, strict=True)))
+            u, c = self._step_backward(t, names, g, u, states)
             for sample, a in zip(ids, coefficients, strict=True):
                 scores[sample] -= a * _inner(c, self.gradient(self.loss(sample)))
-            product = self._curvature(hessian, ids, coefficients, c)
-            u = [piece + s["weight_decay"] * cc + h for s, piece, cc, h in zip(settings, u, c, product, strict=True)]
+            u = [piece + h for piece, h in zip(u, self._curvature(hessian, ids, coefficients, c), strict=True)]
             progress()
         return scores
 
+    def _step_backward(
+        self, t: int, names: list[str], g: Vector, u: Vector, states: dict[str, Vector]
+    ) -> tuple[Vector, Vector]:
+        """autograd through the optimizer's step at fixed g: the cotangents of θ and of g; `states` is carried in place."""
+        theta = [self.parameters[name].detach().requires_grad_() for name in names]
+        g = [piece.detach().requires_grad_() for piece in g]
+        before = [self._state_leaves(t, name) for name in names]
+        clipped = _clipped(g, self.trajectory.clip.norm, self.trajectory.clip.value)
+        counts, absent = self.trajectory.counts(t), self.trajectory.absent(t)
+        after, cotangents = [], []
+        for i, name in enumerate(names):
+            if name in absent:
+                new = [theta[i] * 1, *before[i]]
+            else:
+                kind = self.trajectory.optimizer[self.trajectory.groups[name]].kind
+                new = _literal_step(kind, theta[i], clipped[i], before[i], counts[name], self._settings(t, name))
+            after += new
+            cotangents += [u[i], *states[name]]
+        pairs = [(x, y) for x, y in zip(after, cotangents, strict=True) if x.requires_grad]
+        inputs = [*theta, *g, *(slot for slots in before for slot in slots)]
+        flat = torch.autograd.grad([x for x, _ in pairs], inputs, [y for _, y in pairs], allow_unused=True)
+        flat = tuple(torch.zeros_like(x) if f is None else f for x, f in zip(inputs, flat, strict=True))
+        n, rest = len(names), list(flat[2 * len(names) :])
+        for name in names:
+            states[name] = [rest.pop(0) for _ in self.trajectory.slots]
+        return list(flat[:n]), list(flat[n : 2 * n])
+
+    def _state_leaves(self, t: int, name: str) -> Vector:
+        state = self.points[t][1][name] if t in self.points else {}
+        p = self.parameters[name]
+        return [state.get(slot, torch.zeros_like(p)).detach().to(p).clone().requires_grad_() for slot in self.trajectory.slots]
+
     def retrain(self, left_out: list[int], ends: set[int], asked: Sequence[Query]) -> dict[int, Tensor]:
-        """Query values [Q] at every end of the run without these samples, by torch.optim.SGD."""
+        """Query values [Q] at every end of the run without these samples, by torch's own optimizer."""
         self.load(0)
-        names = list(self.parameters)
-        optimizer = torch.optim.SGD([{"params": [self.parameters[name]]} for name in names], lr=0.0)
-        values = {}
+        optimizer, values = self.make_optimizer(), {}
         for t in range(max(ends)):
-            for group, name in zip(optimizer.param_groups, names, strict=True):
-                group.update(self._settings(t, name))
-            optimizer.zero_grad()
-            for part in self.trajectory.micro_batches(t):
-                ids, coefficients = self.trajectory.batch_ids(t)[part], self.trajectory.coefficients(t)[part]
-                args, kwargs, target = self.ev.unpack(self.problem.samples.batch(ids))
-                losses = self.problem.per_sample_loss(self.model(*args, **kwargs), target) + self._penalty()
-                kept = torch.tensor([float(i not in left_out) for i in ids.tolist()])
-                (losses * (kept * coefficients).to(losses)).sum().backward()
-            optimizer.step()
+            self.take_step(optimizer, t, left_out)
             if t + 1 in ends:
                 with torch.no_grad():
                     values[t + 1] = torch.cat([self._values(query) for query in asked]).double().cpu()
         return values
 
     def check(self, last: int) -> None:
-        """The steps the guard looks at, taken literally."""
+        """The steps the guard looks at, taken literally, where θ is stored before and after them."""
         for t in sorted({0, last // 2, last - 1}):
+            if self.trajectory.slots or not (self.trajectory.has_params(t) and self.trajectory.has_params(t + 1)):
+                continue
             self.load(t)
-            ids, coefficients = self.trajectory.batch_ids(t).tolist(), self.trajectory.coefficients(t).tolist()
-            g = self.gradient(sum(a * self.loss(j) for j, a in zip(ids, coefficients, strict=True)))
+            before = {name: p.detach().clone() for name, p in self.parameters.items()}
+            self.take_step(self.make_optimizer(), t, [])
             after = {n: v.to(self.ev.device, self.ev.dtype) for n, v in self.trajectory.params(t + 1).items()}
             off = moved = size = 0.0
-            for (name, p), piece in zip(self.parameters.items(), g, strict=True):
-                s = self._settings(t, name)
-                theta = p.detach()
-                off += float((theta - s["lr"] * (piece + s["weight_decay"] * theta) - after[name]).square().sum())
-                moved += float((after[name] - theta).square().sum())
-                size += float(theta.square().sum())
-            unit = torch.finfo(next(iter(self.trajectory.params(0).values())).dtype).eps
+            for name, p in self.parameters.items():
+                off += float((p.detach() - after[name]).square().sum())
+                moved += float((after[name] - before[name]).square().sum())
+                size += float(before[name].square().sum())
+            unit = torch.finfo(self.trajectory.log_dtype).eps
             if not off**0.5 <= unit * size**0.5 + 1e-4 * moved**0.5:
                 raise ValueError(f"the problem does not reproduce step {t} of the log (off by {off**0.5:.2g})")
 
@@ -277,3 +366,33 @@ class _Literal:
 
 def _inner(a: Vector, b: Vector) -> float:
     return float(sum((x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)))
+
+
+def _clipped(g: Vector, norm: float | None, value: float | None) -> Vector:
+    if value is not None:
+        return [piece.clamp(-value, value) for piece in g]
+    if norm is None:
+        return g
+    size = torch.stack([piece.square().sum() for piece in g]).sum().sqrt()
+    return [piece * (norm / (size + 1e-6)) if size + 1e-6 > norm else piece for piece in g]
+
+
+def _literal_step(kind: str, theta: Tensor, g: Tensor, state: Vector, count: int, s: dict[str, float]) -> Vector:
+    """θ and the state after one step, written as in torch's documentation of SGD, Adam and AdamW."""
+    if s["maximize"]:
+        g = -g
+    if kind == "AdamW":
+        theta = theta - s["lr"] * s["weight_decay"] * theta
+    else:
+        g = g + s["weight_decay"] * theta
+    if kind == "SGD":
+        if not s["momentum"]:
+            return [theta - s["lr"] * g, *state]
+        b = s["momentum"] * state[0] + (1 - s["dampening"]) * g if count else g
+        return [theta - s["lr"] * (g + s["momentum"] * b if s["nesterov"] else b), b]
+    m = s["beta1"] * state[0] + (1 - s["beta1"]) * g
+    v = s["beta2"] * state[1] + (1 - s["beta2"]) * g**2
+    m_hat, v_hat = m / (1 - s["beta1"] ** (count + 1)), v / (1 - s["beta2"] ** (count + 1))
+    seen = v_hat > 0  # where nothing was ever seen the root has no derivative, and m is 0
+    root = torch.where(seen, torch.where(seen, v_hat, 1.0).sqrt(), 0.0)
+    return [theta - s["lr"] * m_hat / (root + s["eps"]), m, v]

@@ -15,10 +15,10 @@ from torch import Tensor
 from dit_fast import plan, queries
 from dit_fast.data import as_ids
 from dit_fast.guard import check_problem
-from dit_fast.optimizers import SGD
 from dit_fast.problem import Batch, Evaluator, Params, Problem
 from dit_fast.progress import progress_bar
 from dit_fast.queries import Query
+from dit_fast.replay import Point, Replay
 from dit_fast.result import Influence
 from dit_fast.trajectory import Trajectory
 
@@ -56,12 +56,12 @@ def leave_one_out(
     removed = _removed(problem, sample_ids, groups)
     ends = sorted({t for window in spans for t in (window.start, window.stop)} - {0})
     with ev.session():
+        budget = plan.memory_budget(memory_budget, ev.device)
+        replay = Replay(ev, not all(rule.is_linear for rule in trajectory.optimizer), int(plan.REPLAY_SHARE * budget), check)
         if check:
-            check_problem(ev, ends[-1])
+            check_problem(ev, ends[-1], Replay(ev, True, int(plan.REPLAY_SHARE * budget)))
         sizes = queries.sizes(ev, asked)
-        changes, meta = _changes(
-            ev, asked, sum(sizes), removed, ends, plan.memory_budget(memory_budget, ev.device), show_progress
-        )
+        changes, meta = _changes(ev, asked, sum(sizes), removed, ends, replay, budget, show_progress)
     changes[0] = torch.zeros(sum(sizes), len(removed), dtype=torch.float64)
     return Influence(
         scores=torch.stack([changes[window.stop] - changes[window.start] for window in spans]),
@@ -88,6 +88,7 @@ def _changes(
     num_queries: int,
     removed: list[Tensor],
     ends: list[int],
+    replay: Replay,
     budget: int,
     show_progress: bool | None,
 ) -> tuple[dict[int, Tensor], dict[str, Any]]:
@@ -99,29 +100,56 @@ def _changes(
     if not order:
         return changes, {"models": 0}
     exact = Evaluator(ev.problem, ev.trajectory, ev.device, torch.float64)
-    mapper = _Mapper()
+    mapper, num_blocks = _Mapper(), 1 + len(ev.trajectory.slots)
     size = min(MODELS_AT_ONCE, _models_in_budget(ev, budget))
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
     with progress_bar(len(chunks) * ends[-1], "retraining", show_progress) as bar:
         for chunk in chunks:
-            block = {n: torch.zeros(len(chunk), *s, dtype=ev.dtype, device=ev.device) for n, s in ev.shapes.items()}
+            block = {
+                name: [torch.zeros(len(chunk), *shape, dtype=ev.dtype, device=ev.device) for _ in range(num_blocks)]
+                for name, shape in ev.shapes.items()
+            }
             for t in range(ends[-1]):
                 # models join when their first sample is about to be visited: before, d_j = 0
                 active = sum(first[j] <= t for j in chunk)
                 if active:
-                    _advance(ev, t, {n: v[:active] for n, v in block.items()}, [removed[j] for j in chunk[:active]], mapper)
+                    advancing = {name: [value[:active] for value in blocks] for name, blocks in block.items()}
+                    _advance(ev, t, replay.at(t), advancing, [removed[j] for j in chunk[:active]], mapper)
                 if t + 1 in changes:
-                    changes[t + 1][:, chunk] = _query_changes(exact, t + 1, asked, block, mapper).cpu()
+                    shifts = {name: blocks[0] for name, blocks in block.items()}
+                    changes[t + 1][:, chunk] = _query_changes(exact, replay.params(t + 1), asked, shifts, mapper).cpu()
                 bar.update()
     return changes, {"models": len(order), "vmapped": mapper.vmapped, "models_at_once": size}
 
 
-def _advance(ev: Evaluator, t: int, block: Params, removed: list[Tensor], mapper: "_Mapper") -> None:
-    """d_j[t] → d_j[t+1] in place, for every row of `block`."""
-    params = ev.params(t)
+def _advance(
+    ev: Evaluator, t: int, point: Point, block: dict[str, list[Tensor]], removed: list[Tensor], mapper: "_Mapper"
+) -> None:
+    """(d_j, change of the optimizer's state)[t] → [t+1] in place, for every row of `block`."""
+    trajectory = ev.trajectory
     # row 0 is the logged model itself, so that its gradient comes out of the same call
-    models = {name: torch.cat([value[None], value + block[name]]) for name, value in params.items()}
-    difference = {name: torch.zeros_like(value) for name, value in block.items()}
+    models = {name: torch.cat([value[None], value + block[name][0]]) for name, value in point.params.items()}
+    gradient = trajectory.clip.forward(_gradients(ev, t, models, removed, mapper), stacked=True)
+    settings, groups, absent = trajectory.settings(t), trajectory.groups, trajectory.absent(t)
+    for name, blocks in block.items():
+        if name in absent:
+            continue
+        rule, values, count = trajectory.optimizer[groups[name]], settings[groups[name]], point.counts[name]
+        if rule.is_linear:
+            # the difference of two models obeys the rule too
+            change, state = rule.forward(blocks[0], gradient[name][1:] - gradient[name][0], tuple(blocks[1:]), count, values)
+        else:
+            logged = point.state[name]
+            states = tuple(torch.cat([slot[None], slot + d]) for slot, d in zip(logged, blocks[1:], strict=True))
+            theta, states = rule.forward(models[name], gradient[name], states, count, values)
+            change, state = theta[1:] - theta[0], tuple(slot[1:] - slot[0] for slot in states)
+        for value, new in zip(blocks, (change, *state), strict=True):
+            value.copy_(new)
+
+
+def _gradients(ev: Evaluator, t: int, models: Params, removed: list[Tensor], mapper: "_Mapper") -> Params:
+    """The batch gradients [1+n, *shape] of the logged model and of those without their samples."""
+    total = {name: torch.zeros_like(value) for name, value in models.items()}
     for batch in ev.batches(t):
         weights = torch.cat([torch.ones(1, len(batch.ids)), torch.stack([~torch.isin(batch.ids, ids) for ids in removed])])
         weights = weights.to(ev.device, ev.dtype) * batch.coefficients
@@ -130,23 +158,17 @@ def _advance(ev: Evaluator, t: int, block: Params, removed: list[Tensor], mapper
             return torch.func.grad(lambda point: (weight * ev.losses(point, batch)).sum())(model)
 
         gradients = mapper(gradient, models, weights)
-        total = weights.sum(1)
-        for name, value in difference.items():
-            value += gradients[name][1:] - gradients[name][0]
+        for name, value in total.items():
+            value += gradients[name]
             if ev.l2:
-                # l2 Σ_b a_b θ of every model, less that of the logged one
-                shape = (-1,) + (1,) * params[name].ndim
-                value += ev.l2 * (total[1:].view(shape) * models[name][1:] - total[0] * models[name][0])
-    settings, groups = ev.trajectory.settings(t), ev.trajectory.groups
-    for name, value in block.items():
-        # the rule is linear, so the difference of two models obeys it too
-        value.copy_(SGD.forward(value, difference[name], settings[groups[name]]))
+                value += ev.l2 * weights.sum(1).view(-1, *[1] * (value.ndim - 1)) * models[name]
+    return total
 
 
-def _query_changes(ev: Evaluator, t: int, asked: list[Query], block: Params, mapper: "_Mapper") -> Tensor:
-    """query(θ[t] + d_j) − query(θ[t]) [Q, n] in float64."""
+def _query_changes(ev: Evaluator, params: Params, asked: list[Query], block: Params, mapper: "_Mapper") -> Tensor:
+    """query(θ + d_j) − query(θ) [Q, n] in float64, θ = `params`."""
     with ev.session(), torch.no_grad(), ev.eval_mode():
-        params = ev.params(t)
+        params = {name: value.double() for name, value in params.items()}
 
         def values(shift: Params) -> Tensor:
             point = {name: value + shift[name] for name, value in params.items()}
@@ -204,7 +226,7 @@ def _models_in_budget(ev: Evaluator, budget: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         ev.losses({name: value.detach().requires_grad_() for name, value in params.items()}, batch)
     # d, θ + d, gradient and its difference; the saved activations and as much again on the way back
-    one = 4 * ev.num_parameters * ev.dtype.itemsize + 2 * saved
+    one = (4 + 3 * len(ev.trajectory.slots)) * ev.num_parameters * ev.dtype.itemsize + 2 * saved
     if one > budget:
         raise ValueError(f"one model needs {plan.format_bytes(one)}, more than memory_budget = {plan.format_bytes(budget)}")
     return budget // one

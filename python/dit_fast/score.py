@@ -13,6 +13,7 @@ from dit_fast.linearize import HESSIANS, Hessian, choose_mode, linearize
 from dit_fast.problem import Batch, Evaluator, Params, Problem
 from dit_fast.progress import progress_bar
 from dit_fast.queries import Query
+from dit_fast.replay import Replay
 from dit_fast.result import Influence
 from dit_fast.retrain import leave_one_out
 from dit_fast.sweep import Linearizer, sweep
@@ -84,20 +85,13 @@ def score(
     ids = problem.select(sample_ids)
     asked = queries.as_list(query)
     with ev.session():
+        budget = plan.memory_budget(memory_budget, ev.device)
+        # a linear rule's adjoint needs no state, but to check its steps the guard does
+        replay = Replay(ev, not all(rule.is_linear for rule in trajectory.optimizer), int(plan.REPLAY_SHARE * budget), check)
         if check:
-            check_problem(ev, max(window.stop for window in spans))
+            check_problem(ev, max(window.stop for window in spans), Replay(ev, True, int(plan.REPLAY_SHARE * budget)))
         sizes = queries.sizes(ev, asked)
-        scores, meta = _adjoint_scores(
-            ev,
-            spans,
-            asked,
-            sum(sizes),
-            hessian,
-            query_at,
-            backend,
-            plan.memory_budget(memory_budget, ev.device),
-            show_progress,
-        )
+        scores, meta = _adjoint_scores(ev, spans, asked, sum(sizes), hessian, query_at, backend, replay, budget, show_progress)
     influence = Influence(
         scores=scores[..., ids],
         windows=spans,
@@ -124,26 +118,30 @@ def _adjoint_scores(
     hessian: Hessian,
     query_at: str,
     backend: str,
+    replay: Replay,
     budget: int,
     show_progress: bool | None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Scores [W, Q, N] on the CPU, and what was chosen on the way."""
     num_samples = ev.problem.num_samples
     made, mix = plan.columns(windows, num_queries)
-    per_sweep = plan.columns_per_sweep(budget, ev.num_parameters, num_samples, ev.dtype.itemsize)
+    blocks = 1 + len(ev.trajectory.slots)
+    per_sweep = plan.columns_per_sweep(budget, ev.num_parameters, num_samples, ev.dtype.itemsize, blocks)
     chunks = [made[start : start + per_sweep] for start in range(0, len(made), per_sweep)]
     linearizer, meta = _choose_linearizer(ev, hessian, backend, min(per_sweep, len(made)), budget)
 
     def gradients(t: int) -> Params:
         point = t if query_at == "endpoint" else ev.trajectory.num_steps
-        return queries.gradients_at(ev, point, asked)
+        return queries.gradients_at(ev, point, replay.params(point), asked)
 
     swept = []
     steps = sum(chunk[0].stop for chunk in chunks)
     with progress_bar(steps, "sweep", show_progress) as bar:
         for chunk in chunks:
-            swept.append(sweep(ev, chunk, linearizer, gradients, num_samples, bar.update).cpu())
+            swept.append(sweep(ev, chunk, linearizer, replay, gradients, num_samples, bar.update).cpu())
     scores = (mix @ torch.cat(swept)).reshape(len(windows), num_queries, num_samples)
+    if replay.is_needed:
+        meta = meta | {"replayed": "parameters" if ev.trajectory.every > 1 else "optimizer state", "replay_drift": replay.drift}
     return scores, meta | {"columns": len(made), "sweeps": len(chunks)}
 
 

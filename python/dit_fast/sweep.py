@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from dit_fast.errors import LogError
-from dit_fast.optimizers import SGD
 from dit_fast.plan import Column
 from dit_fast.problem import Batch, Evaluator, Params
+from dit_fast.replay import Point, Replay, batch_gradient
 
-Linearizer = Callable[[Params, Batch], tuple[Params, Callable[[Params], tuple[Tensor, Params]]]]
+Pull = Callable[[Params], tuple[Tensor, Params]]
+Linearizer = Callable[[Params, Batch], tuple[Params, Pull]]
 QueryGradients = Callable[[int], Params]
 
 
@@ -18,6 +19,7 @@ def sweep(
     ev: Evaluator,
     columns: Sequence[Column],
     linearize: Linearizer,
+    replay: Replay,
     query_gradients: QueryGradients,
     num_samples: int,
     progress: Callable[[], object],
@@ -26,41 +28,78 @@ def sweep(
 
     query_gradients(t) → q(t) as one block [Q, *shape] per parameter; progress() is called after every step.
     """
-    trajectory = ev.trajectory
     scores = torch.zeros(len(columns), num_samples, dtype=torch.float64, device=ev.device)
-    block = {name: torch.zeros(len(columns), *s, dtype=ev.dtype, device=ev.device) for name, s in ev.shapes.items()}
+    # u: the cotangent of every parameter, and behind it those of its optimizer state, [K, *shape] each
+    num_blocks = 1 + len(ev.trajectory.slots)
+    u = {
+        name: [torch.zeros(len(columns), *shape, dtype=ev.dtype, device=ev.device) for _ in range(num_blocks)]
+        for name, shape in ev.shapes.items()
+    }
     ends = {t for column in columns for t in (column.start, column.stop) if t}
     active = 0
     for t in reversed(range(columns[0].stop)):
         if t + 1 in ends:
-            active = _at_endpoint(t + 1, columns, block, query_gradients(t + 1))
-        params = ev.params(t)
-        settings = trajectory.settings(t)
-        travelling = {name: value[:active] for name, value in block.items()}
-        # u becomes u' in place; H c of the step's batches is added below
-        cotangent = {name: SGD.adjoint(travelling[name], settings[trajectory.groups[name]]) for name in travelling}  # c = −η u
-        for batch in ev.batches(t):
-            _, pull = linearize(params, batch)
-            dots, hvp = pull(cotangent)
-            del pull  # frees the batch's graph before the next is built
-            for name, value in hvp.items():
-                travelling[name].add_(value)
+            active = _at_endpoint(t + 1, columns, u, query_gradients(t + 1))
+        travelling = {name: [block[:active] for block in blocks] for name, blocks in u.items()}
+        for batch, dots in _step(ev, t, replay.at(t), travelling, linearize):
             # score_j −= a_j ⟨c, ∇ℓ_j⟩; an id that occurs twice counts twice
             scores[:active].index_add_(1, batch.ids.to(ev.device), dots * batch.coefficients.double(), alpha=-1)
-        if ev.device.type == "cpu" and not torch.isfinite(dots).all():
-            raise LogError(f"step {t}: a score is NaN or infinite; the sweep cannot pass this step (try dtype=torch.float64)")
+            if ev.device.type == "cpu" and not torch.isfinite(dots).all():
+                raise LogError(
+                    f"step {t}: a score is NaN or infinite; the sweep cannot pass this step (try dtype=torch.float64)"
+                )
         progress()
     if not torch.isfinite(scores).all():
         raise LogError("some scores are NaN or infinite (try dtype=torch.float64, or check=True to test the log)")
     return scores
 
 
-def _at_endpoint(t: int, columns: Sequence[Column], block: Params, gradients: Params) -> int:
+def _step(ev: Evaluator, t: int, point: Point, u: dict[str, list[Tensor]], linearize: Linearizer) -> list[tuple[Batch, Tensor]]:
+    """Carries u over step t in place; the micro-batches with their dots [K, B] = ⟨c_k, ∇ℓ_b⟩."""
+    trajectory = ev.trajectory
+    batches = ev.batches(t)
+    gradient: Params = {}
+    pull: Pull | None = None
+    if trajectory.clip or not all(rule.is_linear for rule in trajectory.optimizer):
+        # the rule's derivative depends on the whole step's gradient, so it comes before any cotangent
+        if len(batches) == 1:
+            gradient, pull = linearize(point.params, batches[0])
+        else:
+            gradient = batch_gradient(ev, t, point.params)
+    cotangent = _cotangent(ev, t, point, gradient, u)
+    results = []
+    for batch in batches:
+        dots, hvp = (pull or linearize(point.params, batch)[1])(cotangent)
+        pull = None  # frees the batch's graph before the next is built
+        for name, value in hvp.items():
+            u[name][0].add_(value)
+        results.append((batch, dots))
+    return results
+
+
+def _cotangent(ev: Evaluator, t: int, point: Point, gradient: Params, u: dict[str, list[Tensor]]) -> Params:
+    """c [K, *shape], the cotangent of the raw batch gradient, by the optimizer's adjoint rule; u becomes u' in place."""
+    trajectory = ev.trajectory
+    settings, groups, absent = trajectory.settings(t), trajectory.groups, trajectory.absent(t)
+    clipped = trajectory.clip.forward(gradient)
+    cotangent = {}
+    for name, theta in point.params.items():
+        if name in absent:
+            cotangent[name] = torch.zeros_like(u[name][0])
+            continue
+        rule, values = trajectory.optimizer[groups[name]], settings[groups[name]]
+        cotangent[name] = rule.adjoint(
+            u[name], theta, clipped.get(name, theta), point.state.get(name, ()), point.counts[name], values
+        )
+    return trajectory.clip.adjoint(cotangent, gradient)
+
+
+def _at_endpoint(t: int, columns: Sequence[Column], u: dict[str, list[Tensor]], gradients: Params) -> int:
     """Columns that start at t lose q(t), those that stop there begin with it; the number of columns then travelling."""
     for k, column in enumerate(columns):
         for name, rows in gradients.items():
             if column.start == t:
-                block[name][k] -= rows[column.query]
+                u[name][0][k] -= rows[column.query]
             elif column.stop == t:
-                block[name][k] = rows[column.query]
+                u[name][0][k] = rows[column.query]
     return sum(column.stop >= t for column in columns)

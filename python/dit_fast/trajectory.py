@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dit_fast.arrays import has_length, integer, read_arrays
+from dit_fast.errors import LogError
 from dit_fast.log import Header, Step
 from dit_fast.log_reader import LogReader
-from dit_fast.optimizers import SGD
+from dit_fast.optimizers import Clip, Rule, State
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class _Source(Protocol):
     def num_steps(self) -> int: ...
     @property
     def digest(self) -> str: ...
-    def params(self, t: int) -> dict[str, Tensor]: ...
+    def params(self, t: int) -> dict[str, Tensor] | None: ...
+    def state(self, t: int) -> dict[str, State] | None: ...
+    def counts(self, t: int) -> Tensor: ...
+    def segment(self, t: int) -> tuple[int, int]: ...
     def step(self, t: int) -> Step: ...
     def verify(self) -> None: ...
 
@@ -64,13 +68,16 @@ class Trajectory:
         params: Mapping[str, Any],
         batch_ids: Any,
         lr: Any,
-        optimizer: SGD | Sequence[SGD] | None = None,
+        optimizer: Rule | Sequence[Rule] | None = None,
         *,
         coefficients: Any = None,
         marks: Mapping[str, int] | Sequence[int] | None = None,
         num_samples: int | None = None,
         micro_batches: Sequence[Sequence[int]] | None = None,
         groups: Mapping[str, int] | None = None,
+        absent: Sequence[Sequence[str]] | None = None,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
     ) -> "Trajectory":
         """A run whose numbers are at hand, numpy or torch; they are copied.
 
@@ -83,10 +90,17 @@ class Trajectory:
         num_samples: N; default 1 + the largest id.
         micro_batches: T lists of sizes that sum to B, where a step's gradient came from several forward passes.
         groups: name → index of its parameter group; default all 0.
+        absent: T lists of the names of parameters that had no gradient in a step (None), which torch's optimizers skip.
+        clip_norm, clip_value: the limit where gradients were clipped before each step, as in `Recorder`.
+
+        The optimizer's state is taken to be zero before the first step.
 
         Raises TypeError or ValueError naming the step and the argument.
         """
-        return cls(read_arrays(params, batch_ids, lr, optimizer, coefficients, marks, num_samples, micro_batches, groups))
+        clip = Clip(clip_norm, clip_value)
+        return cls(
+            read_arrays(params, batch_ids, lr, optimizer, coefficients, marks, num_samples, micro_batches, groups, absent, clip)
+        )
 
     @property
     def num_steps(self) -> int:
@@ -109,9 +123,29 @@ class Trajectory:
         return dict(self._source.header.groups)
 
     @property
-    def optimizer(self) -> tuple[SGD, ...]:
+    def optimizer(self) -> tuple[Rule, ...]:
         """The optimizer's rule for each parameter group, with the settings it started with."""
         return self._source.header.optimizer
+
+    @property
+    def clip(self) -> Clip:
+        """How gradients were clipped before each step."""
+        return self._source.header.clip
+
+    @property
+    def every(self) -> int:
+        """k: parameters are stored before every k-th step; those between are replayed (replay.py)."""
+        return self._source.header.every
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the state tensors the optimizer keeps per parameter; none for SGD without momentum."""
+        return self._source.header.slots
+
+    @property
+    def log_dtype(self) -> torch.dtype:
+        """The dtype in which parameters are stored."""
+        return self._source.header.row_dtype
 
     @property
     def marks(self) -> dict[str, int]:
@@ -144,8 +178,39 @@ class Trajectory:
         return self._source.path
 
     def params(self, t: int) -> dict[str, Tensor]:
-        """θ[t], 0 ≤ t ≤ T: name → tensor of its own shape and dtype, on the CPU; not to be written to."""
-        return self._source.params(self._checked(t, self.num_steps))
+        """θ[t], 0 ≤ t ≤ T: name → tensor of its own shape and dtype, on the CPU; not to be written to.
+
+        LogError between snapshots of a log written with every=k: those parameters are replayed by `score` as it needs them.
+        """
+        params = self._source.params(self._checked(t, self.num_steps))
+        if params is None:
+            start, stop = self.segment(t)
+            raise LogError(
+                f"the parameters before step {t} are not stored: this log holds every {self.every}th step "
+                f"({start} and {stop} around it)"
+            )
+        return params
+
+    def has_params(self, t: int) -> bool:
+        """Whether θ[t] is stored, 0 ≤ t ≤ T."""
+        return self.every == 1 or t == self.num_steps or self._source.params(self._checked(t, self.num_steps)) is not None
+
+    def state(self, t: int) -> dict[str, State] | None:
+        """The optimizer's state before step t, name → one tensor per slot; None where no segment begins at t."""
+        return self._source.state(self._checked(t, self.num_steps - 1))
+
+    def counts(self, t: int) -> dict[str, int]:
+        """How often each parameter's optimizer state was updated before step t, 0 ≤ t ≤ T."""
+        return dict(zip(self.parameters, self._source.counts(self._checked(t, self.num_steps)).tolist(), strict=True))
+
+    def segment(self, t: int) -> tuple[int, int]:
+        """(start, stop) of the steps, t among them, that are replayed from the parameters and the state stored at start."""
+        return self._source.segment(self._checked(t, self.num_steps - 1))
+
+    def absent(self, t: int) -> set[str]:
+        """Names of the parameters that had no gradient in step t and were left alone by the optimizer."""
+        names = list(self.parameters)
+        return {names[position] for position in self._step(t).absent}
 
     def batch_ids(self, t: int) -> Tensor:
         """S_t, the sample ids of step t: int64 [B]."""
@@ -160,7 +225,7 @@ class Trajectory:
         return [slice(*ends) for ends in pairwise(accumulate(self._step(t).micro_sizes, initial=0))]
 
     def settings(self, t: int) -> tuple[dict[str, float], ...]:
-        """The optimizer's settings in step t, one dict {"lr", "weight_decay"} per parameter group."""
+        """The optimizer's settings in step t, one dict {"lr", "weight_decay", …} per parameter group."""
         values = self._step(t).settings
         return tuple(dict(zip(rule.setting_names, row, strict=True)) for rule, row in zip(self.optimizer, values, strict=True))
 

@@ -1,0 +1,165 @@
+"""Steps between snapshots: parameters and optimizer state at any step, by the problem's gradients and the optimizer's rule.
+
+A log may hold parameters at every k-th step only, and it holds the optimizer's state at the beginning of each segment only.
+What lies between is replayed from there. Each segment must meet what is stored at its end, and every parameter stored in
+between, or the log is refused: its problem is another one (design §4).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from dit_fast.errors import LogError
+from dit_fast.optimizers import State
+from dit_fast.problem import Evaluator, Params
+
+# a replayed segment must end within this share of the distance travelled, beside the rounding of the parameters themselves
+DRIFT_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Point:
+    """Everything a step starts from: θ, the optimizer's state and its update counts before the step."""
+
+    params: Params
+    state: dict[str, State]
+    counts: dict[str, int]
+
+    def num_bytes(self) -> int:
+        """Memory it holds."""
+        tensors = [*self.params.values(), *(slot for slots in self.state.values() for slot in slots)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Replay:
+    """`at(t)`: the point before any step; cheapest when asked in order, up or down.
+
+    with_state: whether the optimizer's state is wanted, where the log does not hold it at every step. budget: bytes for
+    points kept; where a segment does not fit, it is passed over once more with √-spaced checkpoints. check: raise LogError
+    where a segment misses what is stored.
+    is_needed: whether anything is replayed at all.
+    drift: the largest distance by which a segment missed a stored one, as a share of the distance travelled.
+    """
+
+    def __init__(self, ev: Evaluator, with_state: bool, budget: int, check: bool = True) -> None:
+        self._ev, self._trajectory = ev, ev.trajectory
+        self._with_state = with_state and bool(ev.trajectory.slots)
+        self.is_needed = self._with_state or ev.trajectory.every > 1
+        self._budget, self._is_checked = budget, check
+        self._segment = range(0)
+        self._checkpoints: dict[int, Point] = {}
+        self._points: dict[int, Point] = {}
+        self.drift = 0.0
+
+    def at(self, t: int) -> Point:
+        """The point before step t, or after the last for t = T (there without state)."""
+        if not self.is_needed or t == self._trajectory.num_steps:
+            return Point(self._ev.params(t), {}, self._trajectory.counts(t))
+        if t not in self._segment:
+            segment = range(*self._trajectory.segment(t))
+            if t == segment.start:
+                return self._stored(t)
+            self._enter(segment)
+        if t not in self._points:
+            start = max(s for s in self._checkpoints if s <= t)
+            stop = min((s for s in self._checkpoints if s > t), default=self._segment.stop)
+            self._points = self._run(start, stop, 1)
+        return self._points[t]
+
+    def params(self, t: int) -> Params:
+        """θ[t] alone, stored or replayed."""
+        return self._ev.params(t) if self._trajectory.has_params(t) else self.at(t).params
+
+    def _enter(self, segment: range) -> None:
+        """Pass over a segment once, keeping every point where they fit and √-spaced ones where not."""
+        first = self._stored(segment.start)
+        self._segment, self._points, self._checkpoints = segment, {}, {segment.start: first}
+        room = max(self._budget // max(first.num_bytes(), 1), 2)
+        if len(segment) <= room:
+            self._points = self._run(segment.start, segment.stop, 1, check=True)
+        else:
+            self._checkpoints = self._run(segment.start, segment.stop, max(math.isqrt(len(segment)), 1), check=True)
+
+    def _stored(self, t: int) -> Point:
+        state = self._trajectory.state(t)
+        if state is None:
+            raise LogError(f"step {t}: no segment of the log begins here")
+        placed = {name: tuple(slot.to(self._ev.device, self._ev.dtype) for slot in slots) for name, slots in state.items()}
+        return Point(self._ev.params(t), placed, self._trajectory.counts(t))
+
+    def _run(self, start: int, stop: int, spacing: int, check: bool = False) -> dict[int, Point]:
+        """The points at every `spacing`-th step from `start` on, which is a checkpoint; up to `stop`."""
+        point, kept, travelled = self._checkpoints[start], {}, 0.0
+        for t in range(start, stop):
+            if (t - start) % spacing == 0:
+                kept[t] = point
+            if t + 1 == stop and not check:
+                break
+            after = advance(self._ev, t, point)
+            travelled += _distance(after.params, point.params)
+            if self._trajectory.has_params(t + 1):
+                stored = self._ev.params(t + 1)
+                if check:
+                    self._check(t + 1, after.params, stored, travelled)
+                after = Point(stored, after.state, after.counts)
+                travelled = 0.0
+            point = after
+        return kept
+
+    def _check(self, t: int, replayed: Params, stored: Params, travelled: float) -> None:
+        error = _distance(replayed, stored)
+        rounding = rounding_of(self._ev, stored)
+        self.drift = max(self.drift, error / max(travelled, rounding, 1e-300))
+        if self._is_checked and not error <= 2 * rounding + DRIFT_TOLERANCE * travelled:
+            raise LogError(
+                f"the replay misses the parameters stored before step {t} by {error:.2g}, where {rounding:.2g} is rounding and "
+                f"{travelled:.2g} the distance travelled since the last stored ones: the problem is not that of the log, or "
+                "something else changed the run between (see the guard's list: l2, reduction, order of ids, dropout, "
+                "augmentation, clipping, autocast)"
+            )
+
+
+def advance(ev: Evaluator, t: int, point: Point) -> Point:
+    """The point after step t, by the problem's gradient, clipping and the optimizer's rule."""
+    trajectory = ev.trajectory
+    gradient = trajectory.clip.forward(batch_gradient(ev, t, point.params))
+    settings, groups, absent = trajectory.settings(t), trajectory.groups, trajectory.absent(t)
+    params, state, counts = dict(point.params), dict(point.state), dict(point.counts)
+    for name, theta in point.params.items():
+        if name in absent:
+            continue
+        rule, values = trajectory.optimizer[groups[name]], settings[groups[name]]
+        params[name], state[name] = rule.forward(theta, gradient[name], point.state.get(name, ()), counts[name], values)
+        counts[name] += rule.counted(values)
+    return Point(params, state, counts)
+
+
+def batch_gradient(ev: Evaluator, t: int, params: Params) -> Params:
+    """g_t = Σ_b a_b ∇ℓ_b(θ), the l2 part included, over the micro-batches of step t."""
+    inputs = {name: value.detach().requires_grad_() for name, value in params.items()}
+    gradient = {name: torch.zeros_like(value) for name, value in params.items()}
+    for batch in ev.batches(t):
+        total = (batch.coefficients * ev.losses(inputs, batch)).sum()
+        if total.requires_grad:
+            flat = torch.autograd.grad(total, list(inputs.values()), allow_unused=True)
+            for name, piece in zip(inputs, flat, strict=True):
+                gradient[name] += 0 if piece is None else piece
+        if ev.l2:
+            for name, value in params.items():
+                gradient[name] += ev.l2 * batch.coefficients.sum() * value
+    return gradient
+
+
+def rounding_of(ev: Evaluator, params: Params) -> float:
+    """‖ulp(θ)‖ in the dtype the log stores."""
+    total = 0.0
+    for value in params.values():
+        size = value.abs().to(ev.trajectory.log_dtype)
+        ulp = torch.nextafter(size, torch.full_like(size, torch.inf)).double() - size.double()
+        total += float(ulp.square().sum())
+    return math.sqrt(total)
+
+
+def _distance(a: Params, b: Params) -> float:
+    return math.sqrt(sum(float((a[name] - b[name]).double().square().sum()) for name in a))
