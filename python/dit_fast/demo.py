@@ -1,5 +1,6 @@
 """The demo: flip labels, train while logging, score, find the flipped ones, compare with true retraining."""
 
+import gzip
 import os
 import tempfile
 import time
@@ -67,7 +68,8 @@ def load(name: str) -> DemoData:
         with np.load(Path(folder) / file) as arrays:
             x, y = arrays["x_train"][:6000], arrays["y_train"][:6000]
         return _split(x.reshape(len(x), -1) / 255.0, y, num_train=4000, num_val=2000, hidden=32, epochs=5, lr=0.2)
-    table = np.char.strip(np.loadtxt(Path(folder) / file, dtype=str, delimiter=","))
+    with gzip.open(Path(folder) / file, "rt", encoding="utf-8") as lines:
+        table = np.array([[value.strip() for value in line.split(",")] for line in lines if line.strip()])
     x, y = _one_hot(table[:, :-1]), (table[:, -1] == ">50K").astype(int)
     return _split(x, y, num_train=3000, num_val=3000, hidden=16, epochs=8, lr=0.2)
 
