@@ -36,7 +36,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
         return
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), str(value))
+        table.add_row(name.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value))
     console.print(table)
 
 
@@ -65,24 +65,30 @@ def demo(
 def _print_report(report: "DemoReport") -> None:
     for name, value in report.settings.items():
         console.print(f"[bold]{name}[/bold]: {value}")
-    found = Table(title="flipped labels found", title_justify="left")
+    found = Table()
     found.add_column("samples ranked by")
     for share in report.inspected:
         found.add_column(f"in the top {share:.0%}", justify="right")
     for name, values in report.detection:
         found.add_row(name, *(f"{value:.0%}" for value in values))
-    agreement = Table(title=f"scores against true retraining of {report.compared} samples", title_justify="left")
+    agreement = Table()
     for heading in ("window", "Pearson", "Spearman"):
         agreement.add_column(heading, justify="left" if heading == "window" else "right")
     for name, pearson, spearman in report.agreement:
         agreement.add_row(name, f"{pearson:.3f}", f"{spearman:.3f}")
-    costs = Table(title="cost", title_justify="left")
+    costs = Table()
     for heading in ("what", "seconds", "relative"):
         costs.add_column(heading, justify="left" if heading == "what" else "right")
     for what, seconds, relative in report.costs:
         costs.add_row(what, f"{seconds:.2f}", relative)
-    for table in (found, agreement, costs):
-        console.print()
+    titled = {
+        "flipped labels found": found,
+        f"scores against true retraining of {report.compared} samples": agreement,
+        "cost": costs,
+    }
+    for title, table in titled.items():
+        # not as the table's own title, which is wrapped to the table's width
+        console.print(f"\n[italic]{title}[/italic]", highlight=False)
         console.print(table)
     console.print()
     for path, what in report.files:

@@ -1,0 +1,177 @@
+"""Who may use whom: the arrows between modules, read from the sources, and what the compiled core may include."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "python" / "dit_fast"
+MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
+CXX_SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu"})
+
+# module: what it may import of dit_fast, lower layers first. A new module gets a line of its own here.
+ALLOWED = {
+    "errors": "",
+    "progress": "",
+    "numerics": "",
+    "analysis": "",
+    "data": "",
+    "ops": "_C",
+    "ops_torch": "",
+    "modules": "errors",
+    # the log
+    "optimizers": "errors",
+    "log": "errors optimizers",
+    "log_reader": "errors log optimizers",
+    "background": "errors log",
+    "recording": "background errors log modules optimizers",
+    "recorder": "data errors log modules optimizers recording",
+    "arrays": "data log optimizers",
+    "trajectory": "arrays log log_reader optimizers",
+    # what is asked of it
+    "problem": "data errors modules numerics trajectory",
+    "queries": "data problem",
+    "guard": "errors optimizers problem",
+    "result": "trajectory",
+    # how it is answered
+    "linearize": "data errors problem",
+    "plan": "linearize problem trajectory",
+    "sweep": "errors optimizers plan problem",
+    "factors": "linearize ops problem sweep",
+    "retrain": "data guard optimizers plan problem progress queries result trajectory",
+    "score": "factors guard linearize plan problem progress queries result retrain sweep trajectory",
+    "reference": "data problem progress queries result trajectory",
+    # what users meet
+    "__init__": "data errors ops optimizers problem queries recorder reference result retrain score trajectory",
+    "plots": "analysis result",
+    "demo": "__init__ analysis",
+    "cli": "errors",
+}
+# imports inside functions or for type checkers alone, which keep matplotlib, torch or a cycle out of `import dit_fast`
+LAZY = {"result": "plots", "demo": "plots", "cli": "__init__ demo"}
+# the slow truth shares no code with what it judges
+NOT_IN_REFERENCE = "ops optimizers score sweep linearize layerwise native recognize plan factors replay retrain"
+
+
+def imports(source: str, modules: set[str]) -> Iterator[tuple[str, bool]]:
+    """(module of dit_fast, whether lazily) for each import in `source`; "__init__" for a name of the package itself."""
+
+    def visit(node: ast.AST, lazy: bool) -> Iterator[tuple[str, bool]]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                top, _, rest = alias.name.partition(".")
+                if top == "dit_fast":
+                    yield rest or "__init__", lazy
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"line {node.lineno}: a relative import"
+            top, _, rest = (node.module or "").partition(".")
+            if top == "dit_fast":
+                names = [rest] if rest else [alias.name for alias in node.names]
+                for name in names:
+                    yield (name if name in modules else "__init__"), lazy
+        guarded = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        lazy = lazy or guarded or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, lazy)
+
+    yield from visit(ast.parse(source), False)
+
+
+def cycle(arrows: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle; empty where there are none."""
+    done: set[str] = set()
+
+    def follow(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(arrows.get(module, ())):
+            if found := follow(other, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in arrows if (found := follow(module, []))), [])
+
+
+FOUND = {name: set(imports(path.read_text("utf-8"), {*MODULES, "_C"})) for name, path in MODULES.items()}
+
+
+def test_every_module_has_a_line_in_the_table_and_every_line_a_module():
+    assert set(ALLOWED) == set(MODULES)
+    assert list(ALLOWED) == list(dict.fromkeys(ALLOWED))
+    assert set(LAZY) <= set(ALLOWED)
+    assert {name for line in (*ALLOWED.values(), *LAZY.values()) for name in line.split()} <= {*MODULES, "_C"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_are_in_the_table(module):
+    allowed, lazy = set(ALLOWED.get(module, "").split()), set(LAZY.get(module, "").split())
+    for other, is_lazy in sorted(FOUND[module]):
+        assert other in (allowed | lazy if is_lazy else allowed), f"{module} may not import {other}; see ALLOWED and LAZY"
+
+
+def test_the_table_has_no_arrow_that_is_gone():
+    for table, names in ((ALLOWED, "ALLOWED"), (LAZY, "LAZY")):
+        for module, line in table.items():
+            used = {other for other, is_lazy in FOUND[module] if is_lazy or table is ALLOWED}
+            assert set(line.split()) <= used, f"{names}[{module!r}] allows what it does not use: {set(line.split()) - used}"
+
+
+def test_there_is_no_cycle_and_the_table_reads_from_low_to_high():
+    assert cycle({module: set(line.split()) for module, line in ALLOWED.items()}) == []
+    lazy = {(module, other) for module, line in LAZY.items() for other in line.split()}
+    assert cycle({m: {other for other, _ in found if (m, other) not in lazy} for m, found in FOUND.items()}) == []
+    order = ["_C", *ALLOWED]
+    for module, line in ALLOWED.items():
+        assert all(order.index(other) < order.index(module) for other in line.split()), module
+
+
+def test_ops_alone_imports_the_core():
+    assert [module for module, found in FOUND.items() if "_C" in {other for other, _ in found}] == ["ops"]
+
+
+def test_reference_shares_no_code_with_what_it_judges():
+    assert not {other for other, _ in FOUND["reference"]} & set(NOT_IN_REFERENCE.split())
+
+
+def test_no_module_is_named_after_nothing():
+    assert not [name for name in MODULES if re.search(r"util|helper|manager|(^|_)base($|_)|common|misc", name)]
+
+
+def test_the_reader_sees_every_kind_of_import():
+    source = """
+import os, dit_fast
+import dit_fast.ops as ops
+from dit_fast import log, LogError
+from dit_fast.sweep import sweep
+if TYPE_CHECKING:
+    from dit_fast import plots
+def f():
+    from dit_fast import _C
+from torch import nn
+"""
+    modules = {"ops", "log", "sweep", "plots", "_C"}
+    assert set(imports(source, modules)) == {
+        *(("__init__", False), ("ops", False), ("log", False), ("sweep", False)),
+        *(("plots", True), ("_C", True)),
+    }
+    with pytest.raises(AssertionError, match="relative"):
+        set(imports("from .log import Step", modules))
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_the_core_has_sources():
+    assert {path.name for path in CXX_SOURCES} >= {"bindings.cpp", "grad_dot.h", "lowrank_update.h", "gemm.cpp"}
+
+
+@pytest.mark.parametrize("path", CXX_SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_core_knows_neither_torch_nor_python(path):
+    included = re.findall(r"#\s*include\s*[<\"]([^>\"]+)", path.read_text("utf-8"))
+    assert not [name for name in included if re.match(r"torch|ATen|c10", name)]
+    assert path.name == "bindings.cpp" or not [name for name in included if re.match(r"pybind11|Python", name)]
