@@ -300,7 +300,7 @@ def _of_outputs(x: Any, label: str, value: Callable[[Tensor], Tensor]) -> Query:
 
 def _losses(model: nn.Module, ev: Evaluator, piece: Any) -> Tensor:
     args, kwargs, target = ev.unpack(piece)
-    return ev.losses_of(model(*args, **kwargs), target)
+    return ev.losses_of(model(*args, **kwargs), target, len(leaves(piece)[0]))
 
 
 def _outputs(model: nn.Module, ev: Evaluator, piece: Any) -> Tensor:
