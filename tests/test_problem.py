@@ -37,6 +37,9 @@ class Dicts(Pairs):
 
 
 class Stream(IterableDataset):
+    def __len__(self):
+        return 6
+
     def __iter__(self):
         return iter(Pairs())
 
@@ -51,9 +54,7 @@ FORMS = {
     "numpy": ((X.numpy(), Y.numpy()), None),
     "named tuple": (Pair(X, Y), None),
     "TensorDataset": (TensorDataset(X, Y), None),
-    "TensorDataset, collated": (TensorDataset(X, Y), stack),
     "dataset": (Pairs(), None),
-    "dataset, collated": (Pairs(), stack),
     "dataset with ids": (dit.with_ids(Pairs()), None),
     "list of pairs": (list(Pairs()), None),
 }
@@ -67,6 +68,11 @@ def test_every_form_of_data_gives_the_same_batch(form):
     assert samples.num_samples == 6
     assert x.tolist() == [[8, 9], [0, 1], [8, 9]] and x.dtype == torch.float32
     assert y.tolist() == [0, 0, 0] and y.dtype == torch.int64
+
+
+@pytest.mark.parametrize("data", [Pairs(), TensorDataset(X, Y), dit.with_ids(Pairs())])
+def test_collate_fn_makes_the_batch_of_the_items(data):
+    assert Samples(data, lambda items: [int(y) for _, y in items]).batch(torch.tensor([1, 4, 3])) == [1, 0, 1]
 
 
 def test_trees_of_tensors_keep_their_containers():
@@ -528,3 +534,15 @@ def test_a_module_that_hides_its_second_derivatives_is_named_and_keeps_its_hooks
     with pytest.raises(dit.UnsupportedError, match="OnceDifferentiable '1' cannot be differentiated twice"):
         dit.score(trajectory, dit.Problem(model, cross_entropy, data), queries.parameter("0.bias", 0), hessian=hessian)
     assert model_state(model) == before and torch_settings() == settings
+
+
+@pytest.mark.parametrize("work", [dit.score, dit.leave_one_out])
+def test_scores_are_the_same_where_gradients_are_switched_off(work, tmp_path):
+    trajectory = recorded(tmp_path / "log", Scaled(3.0))
+    arguments = trajectory, dit.Problem(Scaled(3.0), cross_entropy, (X, Y)), queries.logit(X[:2])
+    expected = work(*arguments, dtype=torch.float64, check=False).scores
+    for off in (torch.no_grad(), torch.inference_mode()):
+        with off:
+            assert torch.equal(work(*arguments, dtype=torch.float64, check=False).scores, expected)
+            work(*arguments)
+    assert expected.abs().max() > 0

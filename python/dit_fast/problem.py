@@ -112,7 +112,8 @@ class Evaluator:
         scope = _Scope(problem.model)
         scope.training = problem.model.training
         self._scope = scope
-        self._constants = {"model." + name: place(value, device, dtype) for name, value in self._fixed_tensors().items()}
+        with torch.inference_mode(False):  # a tensor made in inference mode cannot be part of a graph later
+            self._constants = {"model." + name: place(value, device, dtype) for name, value in self._fixed_tensors().items()}
 
     @classmethod
     def create(
@@ -155,6 +156,7 @@ class Evaluator:
             stack.enter_context(numerics.preserved_state(self.dtype))
             stack.enter_context(numerics.full_precision())
             stack.enter_context(numerics.differentiable_kernels(self.problem.model))
+            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             if logged is not None:
                 modules.set_training_flags(self.problem.model, logged)
