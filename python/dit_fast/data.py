@@ -44,7 +44,9 @@ class Samples:
         if type(data) is TensorDataset and collate_fn is None:
             data = tuple(data.tensors)
         self._tensors: Any = None
-        if isinstance(data, tuple | list | Mapping | Tensor | np.ndarray) and leaves(data, array=True):
+        # a list of items that are tuples or dicts is a dataset, one item per sample
+        listed = isinstance(data, list) and all(isinstance(item, tuple | list | Mapping) for item in data)
+        if not listed and isinstance(data, tuple | list | Mapping | Tensor | np.ndarray) and leaves(data, array=True):
             self._tensors = map_tensors(data, torch.as_tensor, array=True)
             sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in leaves(self._tensors)}
             if len(sizes) != 1:

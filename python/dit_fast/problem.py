@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast import modules, numerics
-from dit_fast.data import Samples, Unpacked, as_ids, default_unpack, leaves, place
+from dit_fast.data import Samples, Unpacked, as_ids, default_unpack, place
 from dit_fast.errors import LogError, UnsupportedError
 from dit_fast.trajectory import Trajectory
 
@@ -112,7 +112,8 @@ class Evaluator:
         scope = _Scope(problem.model)
         scope.training = problem.model.training
         self._scope = scope
-        self._constants = {"model." + name: place(value, device, dtype) for name, value in self._fixed_tensors().items()}
+        with torch.inference_mode(False):  # a tensor made in inference mode cannot be part of a graph later
+            self._constants = {"model." + name: place(value, device, dtype) for name, value in self._fixed_tensors().items()}
 
     @classmethod
     def create(
@@ -155,6 +156,7 @@ class Evaluator:
             stack.enter_context(numerics.preserved_state(self.dtype))
             stack.enter_context(numerics.full_precision())
             stack.enter_context(numerics.differentiable_kernels(self.problem.model))
+            stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             if logged is not None:
                 modules.set_training_flags(self.problem.model, logged)
@@ -221,13 +223,11 @@ class Evaluator:
         """ℓ_b(θ) [B] without the l2 part."""
         return self.call(params, lambda model: self.losses_of(model(*batch.args, **batch.kwargs), batch.target, len(batch.ids)))
 
-    def losses_of(self, output: Any, target: Any, size: int | None = None) -> Tensor:
-        """per_sample_loss(output, target) checked to be one floating number per sample."""
+    def losses_of(self, output: Any, target: Any, size: int) -> Tensor:
+        """per_sample_loss(output, target) checked to be one floating number for each of `size` samples."""
         losses = self.problem.per_sample_loss(output, target)
         if not isinstance(losses, Tensor):
             raise TypeError(f"per_sample_loss must return a tensor [B], got {type(losses).__name__}")
-        if size is None:
-            size = len(leaves(output)[0])
         if losses.ndim == 0:
             raise ValueError(
                 "per_sample_loss returned a scalar; it must return one loss per sample, [B] "
@@ -260,6 +260,9 @@ def _match_parameters(model: nn.Module, trajectory: Trajectory) -> None:
         if tuple(own[name].shape) != tuple(shape):
             raise LogError(f"parameter '{name}' is {tuple(own[name].shape)} in the model, {tuple(shape)} in the log")
     digests: Mapping[str, str] | None = trajectory.frozen_digests
+    for name in digests or {}:
+        if name not in own:
+            raise LogError(f"the log's frozen parameter '{name}' is not in the model: is it another model?")
     for name, value in own.items():
         if name in trajectory.parameters:
             continue

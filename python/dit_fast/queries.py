@@ -83,6 +83,8 @@ def probability(x: Any, index: int | tuple[int, ...]) -> Query:
 
     def value(z: Tensor) -> Tensor:
         if z.ndim == 1:
+            if index not in (0, 1):
+                raise ValueError(f"a model with one output per sample has the classes 0 and 1, not {index}")
             return torch.sigmoid(z if index == 1 else -z)
         return _pick(torch.softmax(z, -1), index)
 
@@ -100,10 +102,13 @@ def margin(x: Any, y: Any) -> Query:
 
     def value(z: Tensor, rows: slice) -> Tensor:
         target = labels[rows].to(z.device)
+        if z.ndim > 2:
+            raise ValueError(f"margin needs an output [n, classes], the model's is {tuple(z.shape)}")
+        last = z.shape[1] - 1 if z.ndim == 2 else 1
+        if labels.min() < 0 or labels.max() > last:
+            raise ValueError(f"y must lie in 0..{last}, the model's classes; got {labels.min():g}..{labels.max():g}")
         if z.ndim == 1:
             return (2 * target.to(z.dtype) - 1) * z
-        if z.ndim != 2:
-            raise ValueError(f"margin needs an output [n, classes], the model's is {tuple(z.shape)}")
         own = torch.nn.functional.one_hot(target.long(), z.shape[1]).bool()
         return z.masked_select(own) - torch.logsumexp(z.masked_fill(own, -torch.inf), 1)
 
@@ -120,7 +125,10 @@ def parameter(name: str, index: int | tuple[int, ...] | None = None) -> Query:
     def value(model: nn.Module, ev: Evaluator) -> Tensor:
         if name not in ev.shapes:
             raise ValueError(f"query parameter '{name}' is not in the log, which has {', '.join(ev.shapes)}")
-        return read(model).reshape(-1) if index is None else read(model)[index].reshape(-1)
+        try:
+            return read(model).reshape(-1) if index is None else read(model)[index].reshape(-1)
+        except IndexError as error:
+            raise ValueError(f"index {index} is not in parameter '{name}' of shape {tuple(ev.shapes[name])}") from error
 
     label = name if index is None else f"{name}[{_label(index)}]"
     return Query(label, None, (Part(slice(None), value),))
@@ -154,7 +162,7 @@ def custom(fn: Callable[[nn.Module], Tensor], name: str = "custom") -> Query:
 
     def value(model: nn.Module, ev: Evaluator) -> Tensor:
         result = fn(model)
-        if not isinstance(result, Tensor) or result.ndim > 1 or not result.is_floating_point():
+        if not isinstance(result, Tensor) or result.ndim > 1 or not result.is_floating_point() or not result.numel():
             raise ValueError("a custom query must return a floating scalar tensor or a vector [Q]")
         return result.reshape(-1)
 
@@ -299,7 +307,7 @@ def _of_outputs(x: Any, label: str, value: Callable[[Tensor], Tensor]) -> Query:
 
 def _losses(model: nn.Module, ev: Evaluator, piece: Any) -> Tensor:
     args, kwargs, target = ev.unpack(piece)
-    return ev.losses_of(model(*args, **kwargs), target)
+    return ev.losses_of(model(*args, **kwargs), target, len(leaves(piece)[0]))
 
 
 def _outputs(model: nn.Module, ev: Evaluator, piece: Any) -> Tensor:
