@@ -50,8 +50,8 @@ def leave_one_out(
     The other arguments, the errors and the result are those of `score`.
     """
     began = time.perf_counter()
-    spans = trajectory.windows(windows)
     ev = Evaluator.create(problem, trajectory, device, dtype)
+    spans = trajectory.windows(windows)
     asked = queries.as_list(query)
     removed = _removed(problem, sample_ids, groups)
     ends = sorted({t for window in spans for t in (window.start, window.stop)} - {0})
