@@ -76,7 +76,7 @@ def leave_one_out(
 
 def _removed(problem: Problem, sample_ids: Any, groups: Sequence[Any] | None) -> list[Tensor]:
     if groups is None:
-        return list(problem.select(sample_ids).split(1))
+        return [ids[None] for ids in problem.select(sample_ids)]  # split(1) would make one piece of no ids
     if sample_ids is not None:
         raise ValueError("give sample_ids or groups, not both")
     return [problem.select(as_ids(group, "groups")).unique() for group in groups]
