@@ -143,6 +143,10 @@ def missing_window(data, path):
     path.write_bytes(changed)
 
 
+def other_header(path, header):
+    save_file({name: torch.zeros(2) for name in ("scores", "retrained", "sample_ids")}, path, {"dit_fast": header})
+
+
 DAMAGE = {
     "empty": lambda data, path: path.write_bytes(b""),
     "text": lambda data, path: path.write_text("window,query,score\n" * 9),
@@ -151,8 +155,8 @@ DAMAGE = {
     "another version": other_format,
     "a window without an end": missing_window,
     "foreign tensors": lambda data, path: save_file({"scores": torch.zeros(2)}, path),
-    "foreign header": lambda data, path: save_file({"scores": torch.zeros(2)}, path, {"dit_fast": "[1, 2]"}),
-    "header no json": lambda data, path: save_file({"scores": torch.zeros(2)}, path, {"dit_fast": "{"}),
+    "a header that is a list": lambda data, path: other_header(path, "[1, 2]"),
+    "a header that is no json": lambda data, path: other_header(path, "{"),
 }
 
 
