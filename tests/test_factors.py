@@ -36,6 +36,12 @@ class FrozenBias(nn.Module):
         return self.second(self.first(x).tanh())
 
 
+class FrozenWeight(FrozenBias):
+    def __init__(self):
+        super().__init__()
+        self.first.requires_grad_(True).weight.requires_grad_(False)
+
+
 class ByKeyword(nn.Module):
     def __init__(self):
         super().__init__()
@@ -177,6 +183,10 @@ REFUSED = {
     "convolution": (convolution, "parameter '1.weight' does not belong to one torch.nn.Linear alone with a trained weight"),
     "norm": (lambda: nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3)), "parameter '1.weight' does not belong to one"),
     "tied": (Tied, "parameter 'inner.weight' does not belong to one"),
+    "frozen weight": (
+        FrozenWeight,
+        "parameter 'first.bias' does not belong to one torch.nn.Linear alone with a trained weight",
+    ),
     "called twice": (Twice, "linear layer 'inner' is called 2 times in a forward pass, not once"),
     "never called": (Unused, "linear layer 'spare' is called 0 times in a forward pass, not once"),
     "transposed": (Transposed, "linear layer 'lift' does not see the batch in its first dimension"),
