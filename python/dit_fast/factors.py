@@ -99,13 +99,13 @@ def _factors(ev: Evaluator, params: Params, batch: Batch, layers: list[str]) -> 
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
 
     def watch(layer: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            seen[layer].append((args[0], output))
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            seen[layer].append((args[0] if args else kwargs["input"], output))
 
         return hook
 
     modules = dict(ev.problem.model.named_modules())
-    handles = [modules[layer].register_forward_hook(watch(layer)) for layer in layers]
+    handles = [modules[layer].register_forward_hook(watch(layer), with_kwargs=True) for layer in layers]
     try:
         losses = ev.losses({name: value.detach().requires_grad_() for name, value in params.items()}, batch)
     finally:

@@ -50,8 +50,8 @@ def leave_one_out(
     The other arguments, the errors and the result are those of `score`.
     """
     began = time.perf_counter()
-    spans = trajectory.windows(windows)
     ev = Evaluator.create(problem, trajectory, device, dtype)
+    spans = trajectory.windows(windows)
     asked = queries.as_list(query)
     removed = _removed(problem, sample_ids, groups)
     ends = sorted({t for window in spans for t in (window.start, window.stop)} - {0})
@@ -76,7 +76,7 @@ def leave_one_out(
 
 def _removed(problem: Problem, sample_ids: Any, groups: Sequence[Any] | None) -> list[Tensor]:
     if groups is None:
-        return list(problem.select(sample_ids).split(1))
+        return [ids[None] for ids in problem.select(sample_ids)]  # split(1) would make one piece of no ids
     if sample_ids is not None:
         raise ValueError("give sample_ids or groups, not both")
     return [problem.select(as_ids(group, "groups")).unique() for group in groups]

@@ -80,8 +80,8 @@ def score(
     }
     if method == "retrain":
         return leave_one_out(trajectory, problem, query, windows, sample_ids=sample_ids, check=check, **retraining)
-    spans = trajectory.windows(windows)
     ev = Evaluator.create(problem, trajectory, device, dtype)
+    spans = trajectory.windows(windows)
     ids = problem.select(sample_ids)
     asked = queries.as_list(query)
     with ev.session():
