@@ -10,7 +10,7 @@ import safetensors.numpy
 import torch
 
 import dit_fast as dit
-from dit_fast.log import Header, LogWriter, Step, canonical_digest, first_nonfinite
+from dit_fast.log import Chunk, Header, LogWriter, Step, canonical_digest, first_nonfinite
 
 SHAPES = {"a": ((2, 3), torch.float32), "b": ((), torch.float64), "c": ((5,), torch.float32)}
 CHUNKS = (3, 3, 2)
@@ -40,11 +40,12 @@ def write_log(path, chunks=CHUNKS, rows=None, complete=True):
     for t in range(total):
         size = 2 + t % 3
         ids, weights = torch.randint(50, (size,), generator=generator), torch.rand(size, generator=generator).double()
-        steps.append(Step(ids, weights, (size - 1, 1), [[0.1 / (t + 1), 0.0], [0.3, 0.25]]))
+        steps.append(Step(ids, weights, (size - 1, 1), [[0.1 / (t + 1), *[0.0] * 5], [0.3, 0, 0, 0, 0.25, 0]]))
     path.mkdir()
     writer, at = LogWriter(path, header()), 0
     for size in chunks:
-        writer.add_chunk(rows[at : at + size + 1].contiguous(), steps[at : at + size], {"early": 2})
+        none = torch.zeros(1, 0, 12), torch.zeros(1, 2, dtype=torch.int64)
+        writer.add_chunk(Chunk(steps[at : at + size], rows[at : at + size + 1].contiguous(), *none), {"early": 2})
         at += size
     writer.update({"early": 2, "end": total}, complete)
     return rows, steps
@@ -122,7 +123,8 @@ def test_round_trip(tmp_path):
     for t, step in enumerate(steps):
         assert run.batch_ids(t).equal(step.ids) and run.coefficients(t).equal(step.coefficients)
         assert run.micro_batches(t) == [slice(0, len(step.ids) - 1), slice(len(step.ids) - 1, len(step.ids))]
-        assert run.settings(t) == ({"lr": 0.1 / (t + 1), "weight_decay": 0.0}, {"lr": 0.3, "weight_decay": 0.25})
+        rates = [(group["lr"], group["weight_decay"]) for group in run.settings(t)]
+        assert rates == [(0.1 / (t + 1), 0.0), (0.3, 0.25)]
     run.verify()
 
 
@@ -140,7 +142,7 @@ def test_anyone_can_read_it_with_safetensors_and_json(tmp_path):
     assert np.array_equal(chunk["params"], rows[3:7].numpy())
     assert chunk["batch_ids"].tolist() == [i for step in steps[3:6] for i in step.ids.tolist()]
     assert chunk["micro_counts"].tolist() == [2, 2, 2] and chunk["micro_sizes"].tolist() == [1, 1, 2, 1, 3, 1]
-    assert chunk["settings"].shape == (3, 2, 2)
+    assert chunk["settings"].shape == (3, 2, 6)
     raw = (tmp_path / "log/chunk-000001.safetensors").read_bytes()
     assert manifest["chunks"][1]["sha256"] == hashlib.sha256(raw).hexdigest() and manifest["chunks"][1]["bytes"] == len(raw)
 
@@ -348,7 +350,7 @@ def test_damage(case, log):
 
 
 def test_a_manifest_of_an_unknown_optimizer_is_unsupported(log):
-    edit_manifest(log, lambda data: data["optimizer"].update(kind="Lion"))
+    edit_manifest(log, lambda data: data["optimizer"][0].update(kind="Lion"))
     with pytest.raises(dit.UnsupportedError, match="Lion"):
         dit.Trajectory.open(log)
 

@@ -39,7 +39,7 @@ def assert_query(ev, query, values, weight=None, bias=None):
     """Its values [Q], and its gradients weight [Q, O, I] and bias [Q, O], at the end of the run."""
     with ev.session():
         found = queries.values_at(ev, ev.params(1), [query])
-        gradients = list(queries.gradients_at(ev, 1, [query]).values())
+        gradients = list(queries.gradients_at(ev, 1, ev.params(1), [query]).values())
     torch.testing.assert_close(found, torch.tensor(values, dtype=torch.float64))
     for gradient, expected in zip(gradients, (weight, bias), strict=True):
         if expected is not None:
@@ -127,7 +127,7 @@ def test_gradients_are_taken_as_they_are():
     flat = torch.arange(12.0).view(2, 6)
     ev = linear()
     with ev.session():
-        block = queries.gradients_at(ev, 1, [queries.gradients({1: flat}), queries.gradients({1: flat[1]})])
+        block = queries.gradients_at(ev, 1, ev.params(1), [queries.gradients({1: flat}), queries.gradients({1: flat[1]})])
     assert block["weight"].tolist() == [[[0, 1], [2, 3]], [[6, 7], [8, 9]], [[6, 7], [8, 9]]]
     assert block["bias"].tolist() == [[4, 5], [10, 11], [10, 11]]
 
@@ -168,7 +168,7 @@ def test_many_queries_are_joined_in_their_order():
     with ev.session():
         assert queries.sizes(ev, asked) == [2, 1, 2]
         assert queries.values_at(ev, ev.params(1), asked).tolist() == [0.5, -0.5, 1.5, 2.5, 3.5]
-        assert queries.gradients_at(ev, 1, asked)["bias"].shape == (5, 2)
+        assert queries.gradients_at(ev, 1, ev.params(1), asked)["bias"].shape == (5, 2)
     assert queries.names(asked, [2, 1, 2]) == ["bias[0]", "bias[1]", "loss", "logit 1[0]", "logit 1[1]"]
 
 
@@ -190,7 +190,7 @@ def test_chunks_change_nothing(case, monkeypatch):
     parts = CHUNKED[case]()
     assert (len(whole.parts), len(parts.parts)) == (1, 2)
     with ev.session():
-        expected = queries.gradients_at(ev, 1, [whole])
+        expected = queries.gradients_at(ev, 1, ev.params(1), [whole])
         values = queries.values_at(ev, ev.params(1), [whole])
     assert_query(ev, parts, values.tolist(), *expected.values())
 
@@ -226,7 +226,7 @@ def test_queries_run_in_eval_mode_and_training_in_its_own():
         assert ev.output(ev.params(1), batch).tolist() == [[1.5, 2.5], [2.5, 3.5]]
         assert queries.sizes(ev, [queries.custom(lambda m: torch.ones(1 + 2 * m.training) * m.linear.weight.sum())]) == [1]
         assert queries.values_at(ev, ev.params(1), [queries.logit(X, 1)]).tolist() == [25, 35, -15]
-        assert queries.gradients_at(ev, 1, [queries.logit(X, 1)])["linear.bias"].tolist() == [[0, 10]] * 3
+        assert queries.gradients_at(ev, 1, ev.params(1), [queries.logit(X, 1)])["linear.bias"].tolist() == [[0, 10]] * 3
         assert model.training and model.linear.training and not model.dropout.training
     with pytest.raises(ZeroDivisionError), ev.session():
         queries.values_at(ev, ev.params(1), [queries.custom(lambda m: 1 / 0)])

@@ -1,5 +1,6 @@
 """The Recorder: what it writes is what happened, what it cannot stand for it refuses, and no accident damages a log."""
 
+import contextlib
 import errno
 import json
 import os
@@ -121,8 +122,8 @@ def test_round_trip_of_an_odd_model_with_groups_and_a_schedule(tmp_path, chunk_b
     for t, ids in enumerate(batches(14)):
         assert torch.equal(run.batch_ids(t), ids) and run.coefficients(t).tolist() == [0.2] * 5
         first, second = run.settings(t)
-        assert first == {"lr": pytest.approx(0.3 * 0.9**t), "weight_decay": 0.0}
-        assert second == {"lr": pytest.approx(0.02 * 0.9**t), "weight_decay": 0.1}
+        assert (first["lr"], first["weight_decay"]) == (pytest.approx(0.3 * 0.9**t), 0.0)
+        assert (second["lr"], second["weight_decay"]) == (pytest.approx(0.02 * 0.9**t), 0.1)
     assert len(manifest(tmp_path / "log")["chunks"]) == (
         1 if chunk_bytes == 1 << 20 else 14 // 4 + 1 if chunk_bytes == 1 else 2
     )
@@ -145,7 +146,7 @@ def test_rows_replay_by_the_rule(tmp_path):
         losses = ((torch.func.functional_call(model, params, (x[run.batch_ids(t)],)) - y[run.batch_ids(t)]) ** 2).sum(1)
         total = (run.coefficients(t) * losses).sum()
         for (name, p), g in zip(params.items(), torch.autograd.grad(total, list(params.values())), strict=True):
-            expected = dit.SGD.forward(p.detach(), g, run.settings(t)[run.groups[name]])
+            expected, _ = dit.SGD.forward(p.detach(), g, (), 0, run.settings(t)[run.groups[name]])
             torch.testing.assert_close(run.params(t + 1)[name], expected, rtol=1e-13, atol=1e-14)
 
 
@@ -282,15 +283,24 @@ def half_net():
 
 
 CONSTRUCTION = {
-    "adam": (
+    "rmsprop": (
         net,
-        lambda m: torch.optim.Adam(m.parameters()),
+        lambda m: torch.optim.RMSprop(m.parameters()),
         {},
         dit.UnsupportedError,
-        "torch.optim.adam.Adam is not supported",
+        "torch.optim.rmsprop.RMSprop is not supported; supported: torch.optim.SGD, Adam and AdamW",
     ),
-    "momentum": (net, lambda m: sgd(m, momentum=0.9), {}, dit.UnsupportedError, r"momentum=0.9 \(parameter group 0\)"),
-    "maximize": (net, lambda m: sgd(m, maximize=True), {}, dit.UnsupportedError, "maximize"),
+    "amsgrad": (
+        net,
+        lambda m: torch.optim.AdamW(m.parameters(), amsgrad=True),
+        {},
+        dit.UnsupportedError,
+        r"AdamW with amsgrad=True \(parameter group 0\)",
+    ),
+    "every": (net, sgd, {"every": 0}, ValueError, "every must be a positive integer"),
+    "clip_norm": (net, sgd, {"clip_norm": -1.0}, ValueError, "clip_norm must be a positive number"),
+    "two clips": (net, sgd, {"clip_norm": 1.0, "clip_value": 1.0}, ValueError, "clip_norm or clip_value, not both"),
+    "log_dtype": (net, sgd, {"log_dtype": "int8"}, ValueError, 'log_dtype must be "bfloat16", "float16" or None'),
     "foreign parameter": (
         net,
         lambda m: torch.optim.SGD([*m.parameters(), torch.ones(7)], lr=0.1),
@@ -402,11 +412,6 @@ def named_twice(model, optimizer, recorder):
         optimizer.step()
 
 
-def decay_without_gradient(model, optimizer):
-    optimizer.param_groups[0]["weight_decay"] = 0.1
-    model[2].bias.grad = None
-
-
 def sparse_gradient(model, optimizer):
     model[0].weight.grad = model[0].weight.grad.to_sparse()
 
@@ -463,16 +468,11 @@ STEP = {
     "NaN coefficients": (naming([4], [np.nan]), ValueError, "step 3: coefficients must be finite"),
     "coefficients alone": (naming(coefficients=[1.0]), ValueError, "step 3: coefficients without ids"),
     "scale": (lambda m, o, r: r.batch([1], scale=np.inf), ValueError, "step 3: scale must be finite"),
-    "decay without gradient": (
-        stepping(decay_without_gradient),
-        dit.UnsupportedError,
-        "step 3: parameter '2.bias' has no gradient",
-    ),
     "sparse gradient": (stepping(sparse_gradient), dit.UnsupportedError, "step 3: parameter '0.weight' has a sparse gradient"),
     "momentum later": (
         stepping(lambda m, o: o.param_groups[0].update(momentum=0.5)),
         dit.UnsupportedError,
-        "step 3: .*momentum=0.5",
+        "step 3: momentum was 0 when recording began",
     ),
     "another group": (stepping(add_group), dit.LogError, "step 3: the optimizer's parameters are not those"),
     "changed in place": (stepping(in_place), dit.LogError, "step 3: parameter '0.weight' was changed"),
@@ -668,7 +668,7 @@ class FailingFile:
         self._file.close()
 
 
-@pytest.mark.parametrize("room", [0, 30, 1200, 3000, 5000, 9000, 15000])
+@pytest.mark.parametrize("room", [0, 30, 1800, 3000, 5000, 9000, 15000])
 def test_a_full_disk(tmp_path, monkeypatch, room):
     """The error reaches a later call; the log holds finished chunks only; training up to there is as without a log."""
     model, twin = net(), net()
@@ -686,7 +686,7 @@ def test_a_full_disk(tmp_path, monkeypatch, room):
         assert assert_rows(tmp_path / "log", history).num_steps % 4 == 0
         assert manifest(tmp_path / "log")["complete"] is False
     else:
-        assert room <= 1200
+        assert room <= 1800
 
 
 class HesitantFile(FailingFile):
@@ -719,7 +719,8 @@ def test_an_error_of_the_writer_reaches_the_next_call(tmp_path, monkeypatch, nam
 
     monkeypatch.setattr(log_module.os, name, fail)
     train(model, optimizer, 2, recorder)
-    recorder.mark("queued behind the failure")
+    with contextlib.suppress(dit.LogError):  # the writer may have failed by now
+        recorder.mark("queued behind the failure")
     assert failed.wait(5)
     recorder._recording.writer._jobs.put((None, {}, False))
     message = "cannot write the log at .*: Read-only file system; it holds 0 steps"

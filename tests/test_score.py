@@ -122,7 +122,7 @@ def test_few_windows_travel_as_one_column_each(run):
 def test_a_small_memory_budget_takes_more_sweeps_and_changes_nothing(run, windows, columns):
     whole = score(run, windows)
     assert whole.meta["sweeps"] == 1
-    cut = score(run, windows, memory_budget=2 * columns * COLUMN_BYTES)
+    cut = score(run, windows, memory_budget=(columns + 0.01) * COLUMN_BYTES / plan.BLOCK_SHARE)
     assert cut.meta["columns"] == whole.meta["columns"]
     assert cut.meta["sweeps"] == -(-whole.meta["columns"] // columns) > 1
     assert relative_error(cut.scores, whole.scores, whole.scores.abs().amax()) < 1e-12
