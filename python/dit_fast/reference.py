@@ -334,6 +334,8 @@ class _Literal:
             g = self.gradient(total, create_graph=True)  # type: ignore[arg-type]
             along = sum((piece * cc).sum() for piece, cc in zip(g, c, strict=True))
             return self.gradient(along) if along.requires_grad else [torch.zeros_like(cc) for cc in c]  # type: ignore
+        if hessian == "none":
+            return [torch.zeros_like(cc) for cc in c]
         product = [self.problem.l2 * sum(coefficients) * cc for cc in c]
         for sample, a in zip(ids, coefficients, strict=True):
             loss, output, target = self._data_loss(sample)

@@ -52,8 +52,8 @@ def score(
     query: one of `dit_fast.queries`, or a list, joined along Q.
     windows: None = the whole run; "epochs" = between marks; (t1, t2), a list of them, or {name: (t1, t2)}, in steps.
     sample_ids: the samples wanted; None = all N of the data.
-    hessian: "exact"; "ggn" (generalised Gauss–Newton); "fisher" (empirical, Σ a_b ∇ℓ_b ∇ℓ_bᵀ); "none" (H = 0: TracIn at
-        every step). The l2 part is exact in all but "none" of the data part.
+    hessian: "exact"; "ggn" (generalised Gauss–Newton); "fisher" (empirical, Σ a_b ∇ℓ_b ∇ℓ_bᵀ); "none" (H = 0, that of
+        l2 included: TracIn at every step). "ggn" and "fisher" approximate the data's part only, that of l2 stays exact.
     query_at: "endpoint" = q at each window end's own parameters; "final" = at the end of the run, as the official code does.
     method: "adjoint", or "retrain" = every score by true retraining (`leave_one_out`).
     refine: this many samples per window and query, those of largest |score|, get their true score by retraining;
