@@ -466,7 +466,7 @@ STEP = {
     "ids outside": (naming([4, N]), ValueError, f"step 3: id {N} is outside the samples 0..{N - 1}"),
     "coefficients": (naming([4, 5], [0.1]), ValueError, "step 3: coefficients must be finite, one per id"),
     "NaN coefficients": (naming([4], [np.nan]), ValueError, "step 3: coefficients must be finite"),
-    "coefficients alone": (naming(coefficients=[1.0]), ValueError, "step 3: coefficients without ids"),
+    "coefficients alone": (naming(coefficients=[1.0]), ValueError, "step 3: coefficients or a batch without ids"),
     "scale": (lambda m, o, r: r.batch([1], scale=np.inf), ValueError, "step 3: scale must be finite"),
     "sparse gradient": (stepping(sparse_gradient), dit.UnsupportedError, "step 3: parameter '0.weight' has a sparse gradient"),
     "momentum later": (
@@ -546,7 +546,10 @@ def test_a_buffer_changed_behind_the_version_counter_is_found_at_close(tmp_path)
 
 UNSUPPORTED_MODULES = {
     "batch norm": (lambda: nn.BatchNorm1d(2), "BatchNorm1d '1' is in train mode"),
-    "dropout": (lambda: nn.Dropout(0.5), "Dropout '1' drops at random"),
+    "instance norm": (
+        lambda: nn.Sequential(nn.Unflatten(1, (2, 1)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten()),
+        "InstanceNorm1d '1.1' updates running statistics",
+    ),
 }
 
 

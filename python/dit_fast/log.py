@@ -14,6 +14,9 @@ consecutive steps and stands alone, k being the manifest's `every`:
     coefficients  float64 [ΣB]        their a_b
     micro_sizes   int64 [Σcounts]     the sizes of the micro-batches; one, B, for an ordinary step
     micro_counts  int64 [n]           micro-batches per step
+    rng           uint8 [batches, size]    where dropout was active: the random generator's state before each micro-batch
+    batch_i, batch_i_shapes    where batches were stored: the i-th tensor of every micro-batch, flat, and their shapes;
+                                      the manifest's `batch` says how they belong together
     settings      float64 [n, groups, settings]    in the order of the manifest's `setting_names`
 
 The manifest names every finished chunk with its sha256 and carries its own, over its canonical JSON without that key.
@@ -24,7 +27,7 @@ is ignored.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -51,6 +54,11 @@ _CODES = {
     torch.int64: "I64",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 
 
@@ -61,6 +69,7 @@ class Header:
     parameters: name → (shape, dtype). groups: name → index of the parameter group. optimizer: one rule per group.
     training_flags: module name → train or eval. constants: buffer name → value. frozen_digests: name → sha256 of the
     parameters that were not trained (`modules.tensor_digest`). reduction: "mean" or "sum", for information.
+    rng: "cpu" or "cuda", the random generator whose state is logged. batch_tree: the layout of stored batches (`as_tree`).
     clip: how gradients were clipped. every: k, the steps between two stored rows. log_dtype: of the stored rows, None = the
     parameters' own.
     """
@@ -76,6 +85,8 @@ class Header:
     clip: Clip = field(default_factory=Clip)
     every: int = 1
     log_dtype: torch.dtype | None = None
+    rng: str | None = None
+    batch_tree: Any = None
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -122,14 +133,16 @@ class Header:
 @dataclass(frozen=True)
 class Step:
     """What one step was made of: ids [B] int64, coefficients a [B] float64, the sizes of its micro-batches (sum B), the
-    settings of the optimizer [groups][settings] in the order of `setting_names`, and the positions of the parameters that
-    had no gradient."""
+    settings of the optimizer [groups][settings] in the order of `setting_names`, the positions of the parameters that
+    had no gradient, and per micro-batch the random generator's state and the tensors of the stored batch, where logged."""
 
     ids: Tensor
     coefficients: Tensor
     micro_sizes: tuple[int, ...]
     settings: list[list[float]]
     absent: tuple[int, ...] = ()
+    rng: tuple[Tensor, ...] = ()
+    batches: tuple[tuple[Tensor, ...], ...] = ()
 
 
 def update_counts(header: Header, before: Tensor, steps: Iterable[Step]) -> Tensor:
@@ -157,6 +170,38 @@ class Chunk:
     rows: Tensor
     state: Tensor
     counts: Tensor
+
+
+def as_tree(batch: Any) -> tuple[Any, list[Tensor]]:
+    """A batch as (its layout in JSON, its tensors): dicts, lists and tuples of tensors and of plain values."""
+    found: list[Tensor] = []
+
+    def layout(tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            found.append(tree)
+            return {"tensor": len(found) - 1}
+        if isinstance(tree, Mapping):
+            return {"dict": {str(key): layout(value) for key, value in tree.items()}}
+        if isinstance(tree, list | tuple):
+            return {"list" if isinstance(tree, list) else "tuple": [layout(value) for value in tree]}
+        if tree is None or isinstance(tree, bool | int | float | str):
+            return {"value": tree}
+        raise TypeError(f"a stored batch holds tensors, dicts, lists, tuples and plain values, not {type(tree).__name__}")
+
+    return layout(batch), found
+
+
+def from_tree(layout: Any, tensors: Sequence[Tensor]) -> Any:
+    """The batch that `as_tree` took apart."""
+    ((kind, content),) = layout.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: from_tree(value, tensors) for key, value in content.items()}
+    if kind in ("list", "tuple"):
+        values = [from_tree(value, tensors) for value in content]
+        return values if kind == "list" else tuple(values)
+    return content
 
 
 def as_doubles(values: Any) -> Tensor:
@@ -214,6 +259,8 @@ class LogWriter:
             "slots": list(header.slots),
             "clip": {"norm": header.clip.norm, "value": header.clip.value},
             "every": header.every,
+            "rng": header.rng,
+            "batch": header.batch_tree,
             "log_dtype": None if header.log_dtype is None else str(header.log_dtype).removeprefix("torch."),
             "num_samples": header.num_samples,
             "reduction": header.reduction,
@@ -244,6 +291,12 @@ class LogWriter:
         }
         if self._header.slots:
             tensors |= {"state": chunk.state[:segments], "state_counts": chunk.counts[:segments]}
+        if self._header.rng:
+            tensors["rng"] = torch.stack([state for step in steps for state in step.rng])
+        if self._header.batch_tree is not None:
+            for i, leaf in enumerate(zip(*(batch for step in steps for batch in step.batches), strict=True)):
+                tensors[f"batch_{i}"] = torch.cat([tensor.reshape(-1) for tensor in leaf])
+                tensors[f"batch_{i}_shapes"] = torch.tensor([tensor.shape for tensor in leaf], dtype=torch.int64)
         file = chunk_name(len(self._chunks))
         digest, size = _write_file(self.path / file, _safetensors(tensors))
         row = {"file": file, "start": self.num_steps, "steps": len(steps), "sha256": digest, "bytes": size}

@@ -5,6 +5,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from dit_fast import modules, optimizers
 from dit_fast.data import as_ids
 from dit_fast.errors import LogError, UnsupportedError
-from dit_fast.log import Step, as_doubles, claim_directory
+from dit_fast.log import Step, as_doubles, as_tree, claim_directory
 from dit_fast.recording import Recording, Source
 
 _recorded_optimizers: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
@@ -47,6 +48,8 @@ class Recorder:
         costs about one training run more and needs the problem to reproduce the run to rounding.
     clip_norm, clip_value: the limit where you clip gradients before each step, by torch.nn.utils.clip_grad_norm_ (Euclidean,
         over all parameters logged) or clip_grad_value_. The Recorder does not clip; it has to be told.
+    store_batches: keep the batches themselves, given as `step(ids, batch=(x, y))`, so that scores need no data: for random
+        augmentation, or data that will not be there.
     log_dtype: "bfloat16" or "float16" to halve the log of float32 parameters, at a cost in accuracy (README).
     chunk_bytes: size of a chunk on disk and of its buffer in memory; 4 to 512 steps are kept to a chunk in any case.
     queue_chunks: full chunks that may wait for the disk; when there are more, the training loop waits. The Recorder holds
@@ -71,6 +74,7 @@ class Recorder:
         every: int = 1,
         clip_norm: float | None = None,
         clip_value: float | None = None,
+        store_batches: bool = False,
         log_dtype: str | None = None,
         chunk_bytes: int = 64 << 20,
         queue_chunks: int = 2,
@@ -87,7 +91,7 @@ class Recorder:
         if log_dtype not in _LOG_DTYPES:
             raise ValueError(f'log_dtype must be "bfloat16", "float16" or None, got {log_dtype!r}')
         self._clip = optimizers.Clip(clip_norm, clip_value)
-        self._every, self._log_dtype = every, _LOG_DTYPES[log_dtype]
+        self._every, self._log_dtype, self._store_batches = every, _LOG_DTYPES[log_dtype], store_batches
         self._rules = optimizers.from_torch(optimizer)
         if optimizer in _recorded_optimizers:
             raise LogError("this optimizer is being recorded already; close() the other Recorder first")
@@ -105,13 +109,19 @@ class Recorder:
             raise LogError(f"another Recorder writes to {path}; close() it first or choose another path")
         claim_directory(self.path, overwrite)
         self._num_steps = 0
-        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._pending: list[_Named] = []
+        self._rng: list[Tensor] = []
         self._scope: _StepScope | None = None
         self._settings: list[list[float]] | None = None
+        self._stored_layout: Any = None
         self._marks: dict[str, int] = {}
         self._recording: Recording | None = None
         self._pid, self._closed = os.getpid(), False
-        self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+            self._model.register_forward_pre_hook(self._before_forward),
+        ]
         _recorded_optimizers.add(optimizer)
         _recorded_paths.add(self.path.resolve())
         self._at_exit = _closer(weakref.ref(self))
@@ -122,26 +132,27 @@ class Recorder:
         """Steps logged so far, those still in memory included."""
         return self._num_steps
 
-    def step(self, ids: Any = None, coefficients: Any = None) -> "_StepScope":
+    def step(self, ids: Any = None, coefficients: Any = None, batch: Any = None) -> "_StepScope":
         """`with recorder.step(ids): optimizer.step()`: exactly one step, made from these samples.
 
         ids: integers [B], a tensor on any device (on the CPU there is nothing to wait for), array or list; an id may
             occur several times. None: the samples named by `batch` before.
         coefficients: a_b [B], the factor of each sample's loss in the loss given to backward(); None: by `reduction`.
+        batch: with store_batches, what the problem's `unpack` takes, such as (x, y), as the model saw it.
         """
         self._check_open()
-        if ids is None and coefficients is not None:
-            raise ValueError(f"step {self._num_steps}: coefficients without ids")
-        return _StepScope(self, None if ids is None else self._read(ids, 1.0, coefficients))
+        if ids is None and not (coefficients is None and batch is None):
+            raise ValueError(f"step {self._num_steps}: coefficients or a batch without ids")
+        return _StepScope(self, None if ids is None else self._read(ids, 1.0, coefficients, batch))
 
-    def batch(self, ids: Any, scale: float = 1.0, coefficients: Any = None) -> None:
+    def batch(self, ids: Any, scale: float = 1.0, coefficients: Any = None, batch: Any = None) -> None:
         """Name the samples of one backward() of the next step; call it once for each where gradients are accumulated.
 
         scale: the factor of this batch's loss, 1/M for M micro-batches whose losses are divided by M.
-        ids, coefficients: as in `step`; coefficients are multiplied by scale.
+        ids, coefficients, batch: as in `step`; coefficients are multiplied by scale.
         """
         self._check_open()
-        self._pending.append(self._read(ids, scale, coefficients))
+        self._pending.append(self._read(ids, scale, coefficients, batch))
 
     def mark(self, name: str) -> None:
         """Name this moment, such as the end of an epoch: `windows="epochs"` are the steps between marks."""
@@ -171,7 +182,7 @@ class Recorder:
             if str(own) != str(error):  # the user's exception goes on, ours beside it
                 error.add_note(f"dit_fast.Recorder: {own}")
 
-    def _read(self, ids: Any, scale: float, coefficients: Any) -> tuple[Tensor, Tensor]:
+    def _read(self, ids: Any, scale: float, coefficients: Any, stored: Any) -> "_Named":
         where = f"step {self._num_steps}"
         try:
             batch = as_ids(ids, f"{where}: ids").clone()
@@ -187,16 +198,45 @@ class Recorder:
             raise ValueError(f"{where}: id {low if low < 0 else high} is outside the samples 0{limit}")
         if not math.isfinite(scale):
             raise ValueError(f"{where}: scale must be finite, got {scale}")
+        kept = self._read_stored(where, stored)
         if coefficients is None:
-            return batch, torch.full(
-                (len(batch),), scale / (len(batch) if self._reduction == "mean" else 1), dtype=torch.float64
-            )
+            share = scale / (len(batch) if self._reduction == "mean" else 1)
+            return _Named(batch, torch.full((len(batch),), share, dtype=torch.float64), kept)
         weights = as_doubles(coefficients)
         if weights.shape != batch.shape or not torch.isfinite(weights).all():
             raise ValueError(
                 f"{where}: coefficients must be finite, one per id: got {list(weights.shape)} for {len(batch)} ids"
             )
-        return batch, weights * scale
+        return _Named(batch, weights * scale, kept)
+
+    def _read_stored(self, where: str, stored: Any) -> "_Stored | None":
+        """A copy of the batch on the host, on its way there where it is on a GPU."""
+        if self._store_batches != (stored is not None):
+            need = "needs the batch: step(ids, batch=(x, y))" if self._store_batches else "is needed to keep a batch"
+            raise ValueError(f"{where}: store_batches=True {need}")
+        if stored is None:
+            return None
+        try:
+            layout, tensors = as_tree(stored)
+        except TypeError as error:
+            raise TypeError(f"{where}: {error}") from error
+        if self._stored_layout not in (None, layout):
+            raise ValueError(f"{where}: the batch is laid out as {layout}, those before as {self._stored_layout}")
+        self._stored_layout = layout
+        return _Stored(layout, tuple(_to_host(tensor) for tensor in tensors))
+
+    def _before_forward(self, model: nn.Module, args: Any) -> None:
+        """Notes the random generator's state before each training forward pass whose dropout is active."""
+        if self._elsewhere() or not torch.is_grad_enabled():
+            return
+        device = next(iter(self._params.values())).device
+        if torch.is_autocast_enabled(device.type):
+            raise UnsupportedError(
+                f"step {self._num_steps}: the model runs under autocast, in less than float32: its steps cannot be "
+                "reproduced; train in float32 (torch.autocast(..., enabled=False))"
+            )
+        if modules.has_active_dropout(model):
+            self._rng.append(torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state())
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._elsewhere():
@@ -225,19 +265,23 @@ class Recorder:
             return
         self._check_named()
         absent = self._check_gradients()
-        ids, coefficients = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
-        sizes = tuple(len(batch) for batch, _ in self._pending)
-        self._pending = []
+        ids = torch.cat([named.ids for named in self._pending])
+        coefficients = torch.cat([named.coefficients for named in self._pending])
+        sizes = tuple(len(named.ids) for named in self._pending)
+        batches = tuple(named.stored.tensors for named in self._pending if named.stored is not None)
+        rng, self._rng, self._pending = tuple(self._rng), [], []
+        if bool(rng) != self._recording.has_dropout:
+            raise UnsupportedError(f"step {self._num_steps}: dropout must be active in all steps of a log or in none")
         if self._scope is not None:
             self._scope.done = True
-        self._recording.add(Step(ids, coefficients, sizes, settings, absent), self._marks)
+        self._recording.add(Step(ids, coefficients, sizes, settings, absent, rng, batches), self._marks)
         self._num_steps += 1
 
     def _source(self) -> Source:
         groups = {name: self._held[p] for name, p in self._params.items()}
         return Source(
             self._model, self._params, groups, self._optimizer, self._rules, self._reduction, self._num_samples,
-            self._clip, self._every, self._log_dtype,
+            self._clip, self._every, self._log_dtype, bool(self._rng), self._stored_layout,
         )  # fmt: skip
 
     def _check_named(self) -> None:
@@ -245,6 +289,11 @@ class Recorder:
             raise LogError(
                 f"step {self._num_steps}: optimizer.step() without ids; call it within `with recorder.step(ids):` "
                 "or after recorder.batch(ids)"
+            )
+        if self._rng and len(self._rng) != len(self._pending):
+            raise UnsupportedError(
+                f"step {self._num_steps}: {len(self._rng)} forward passes of the model for {len(self._pending)} named batches; "
+                "dropout's masks can be replayed only where each named batch is one forward pass (others under torch.no_grad())"
             )
 
     def _check_gradients(self) -> tuple[int, ...]:
@@ -293,10 +342,27 @@ class Recorder:
             self._recording.finish(self._num_steps, self._marks, complete)
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A batch taken apart: its layout and its tensors on the host."""
+
+    layout: Any
+    tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Named:
+    """The samples of one backward(): ids [B], coefficients a [B], and the batch itself where it is stored."""
+
+    ids: Tensor
+    coefficients: Tensor
+    stored: _Stored | None
+
+
 class _StepScope:
     """`with recorder.step(...)`: names its batch on entry, and wants exactly one step by the time it is left."""
 
-    def __init__(self, recorder: Recorder, batch: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(self, recorder: Recorder, batch: _Named | None) -> None:
         self._recorder, self._batch = recorder, batch
         self.done = False
 
@@ -321,6 +387,15 @@ class _StepScope:
             recorder._pending = []
             if error is None:
                 raise LogError(f"step {recorder.num_steps}: recorder.step() ended without optimizer.step(); nothing was logged")
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in memory of its own; from a GPU without waiting, as the chunk's event covers it."""
+    tensor = tensor.detach()
+    if tensor.device.type == "cpu":
+        return tensor.clone(memory_format=torch.contiguous_format)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def _held_parameters(optimizer: torch.optim.Optimizer) -> dict[Tensor, int]:

@@ -69,13 +69,15 @@ class Source:
     clip: Clip
     every: int
     log_dtype: torch.dtype | None
+    has_dropout: bool
+    batch_tree: Any
 
 
 class Recording:
     """Made in front of the first step, whose parameters become row 0. Raises what the Recorder documents."""
 
     def __init__(self, path: Path, source: Source, chunk_bytes: int, queue_chunks: int) -> None:
-        modules.refuse_unsupported(source.model)
+        modules.refuse_unsupported(source.model, masks_are_logged=source.has_dropout)
         self._params = source.params
         self._modules = dict(source.model.named_modules())
         self._flags = modules.training_flags(source.model)
@@ -92,8 +94,10 @@ class Recording:
             clip=source.clip,
             every=source.every,
             log_dtype=source.log_dtype,
+            rng=next(iter(source.params.values())).device.type if source.has_dropout else None,
+            batch_tree=source.batch_tree,
         )
-        self._optimizer = source.optimizer
+        self._optimizer, self.has_dropout = source.optimizer, source.has_dropout
         self._counts = self._first_counts()
         self._device = _common_device(source.params)
         params = list(source.params.values())

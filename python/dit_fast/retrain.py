@@ -53,7 +53,7 @@ def leave_one_out(
     ev = Evaluator.create(problem, trajectory, device, dtype)
     spans = trajectory.windows(windows)
     asked = queries.as_list(query)
-    removed = _removed(problem, sample_ids, groups)
+    removed = _removed(ev, sample_ids, groups)
     ends = sorted({t for window in spans for t in (window.start, window.stop)} - {0})
     with ev.session():
         budget = plan.memory_budget(memory_budget, ev.device)
@@ -74,12 +74,12 @@ def leave_one_out(
     )
 
 
-def _removed(problem: Problem, sample_ids: Any, groups: Sequence[Any] | None) -> list[Tensor]:
+def _removed(ev: Evaluator, sample_ids: Any, groups: Sequence[Any] | None) -> list[Tensor]:
     if groups is None:
-        return [ids[None] for ids in problem.select(sample_ids)]  # split(1) would make one piece of no ids
+        return [ids[None] for ids in ev.select(sample_ids)]  # split(1) would make one piece of no ids
     if sample_ids is not None:
         raise ValueError("give sample_ids or groups, not both")
-    return [problem.select(as_ids(group, "groups")).unique() for group in groups]
+    return [ev.select(as_ids(group, "groups")).unique() for group in groups]
 
 
 def _changes(
@@ -100,7 +100,7 @@ def _changes(
     if not order:
         return changes, {"models": 0}
     exact = Evaluator(ev.problem, ev.trajectory, ev.device, torch.float64)
-    mapper, num_blocks = _Mapper(), 1 + len(ev.trajectory.slots)
+    mapper, num_blocks = _Mapper(ev.trajectory.rng is None), 1 + len(ev.trajectory.slots)
     size = min(MODELS_AT_ONCE, _models_in_budget(ev, budget))
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
     with progress_bar(len(chunks) * ends[-1], "retraining", show_progress) as bar:
@@ -155,6 +155,11 @@ def _gradients(ev: Evaluator, t: int, models: Params, removed: list[Tensor], map
         weights = weights.to(ev.device, ev.dtype) * batch.coefficients
 
         def gradient(model: Params, weight: Tensor, batch: Batch = batch) -> Params:
+            if batch.rng is not None:  # under torch.func some modules draw their masks in another order
+                leaves = {name: value.detach().requires_grad_() for name, value in model.items()}
+                total = (weight * ev.losses(leaves, batch)).sum()
+                flat = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+                return dict(zip(leaves, flat, strict=True))
             return torch.func.grad(lambda point: (weight * ev.losses(point, batch)).sum())(model)
 
         gradients = mapper(gradient, models, weights)
@@ -180,10 +185,11 @@ def _query_changes(ev: Evaluator, params: Params, asked: list[Query], block: Par
 
 
 class _Mapper:
-    """vmap, or a plain loop from the first call on that vmap cannot take."""
+    """vmap, or a plain loop from the first call on that vmap cannot take; a loop too where dropout draws masks, which come
+    out in another order under vmap."""
 
-    def __init__(self) -> None:
-        self.vmapped = True
+    def __init__(self, vmapped: bool) -> None:
+        self.vmapped = vmapped
 
     def __call__(self, function: Callable[..., Any], *stacked: Any) -> Any:
         if self.vmapped:
@@ -206,7 +212,7 @@ def _row(tree: Any, i: int) -> Any:
 
 def _first_visits(ev: Evaluator, removed: list[Tensor], last: int) -> list[int]:
     """The first step each model differs in; `last` where there is none."""
-    first = torch.full((ev.problem.num_samples,), last)
+    first = torch.full((ev.num_samples,), last)
     for t in reversed(range(last)):
         ids = ev.trajectory.batch_ids(t)
         first[ids[ids < len(first)]] = t

@@ -82,7 +82,7 @@ def score(
         return leave_one_out(trajectory, problem, query, windows, sample_ids=sample_ids, check=check, **retraining)
     ev = Evaluator.create(problem, trajectory, device, dtype)
     spans = trajectory.windows(windows)
-    ids = problem.select(sample_ids)
+    ids = ev.select(sample_ids)
     asked = queries.as_list(query)
     with ev.session():
         budget = plan.memory_budget(memory_budget, ev.device)
@@ -123,7 +123,7 @@ def _adjoint_scores(
     show_progress: bool | None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Scores [W, Q, N] on the CPU, and what was chosen on the way."""
-    num_samples = ev.problem.num_samples
+    num_samples = ev.num_samples
     made, mix = plan.columns(windows, num_queries)
     blocks = 1 + len(ev.trajectory.slots)
     per_sweep = plan.columns_per_sweep(budget, ev.num_parameters, num_samples, ev.dtype.itemsize, blocks)
