@@ -109,12 +109,16 @@ def _changes(
                 name: [torch.zeros(len(chunk), *shape, dtype=ev.dtype, device=ev.device) for _ in range(num_blocks)]
                 for name, shape in ev.shapes.items()
             }
+            joined = 0
             for t in range(ends[-1]):
                 # models join when their first sample is about to be visited: before, d_j = 0
                 active = sum(first[j] <= t for j in chunk)
                 if active:
+                    point = replay.at(t)
+                    _join(ev, point, block, slice(joined, active))
+                    joined = active
                     advancing = {name: [value[:active] for value in blocks] for name, blocks in block.items()}
-                    _advance(ev, t, replay.at(t), advancing, [removed[j] for j in chunk[:active]], mapper)
+                    _advance(ev, t, point, advancing, [removed[j] for j in chunk[:active]], mapper)
                 if t + 1 in changes:
                     shifts = {name: blocks[0] for name, blocks in block.items()}
                     changes[t + 1][:, chunk] = _query_changes(exact, replay.params(t + 1), asked, shifts, mapper).cpu()
@@ -125,7 +129,10 @@ def _changes(
 def _advance(
     ev: Evaluator, t: int, point: Point, block: dict[str, list[Tensor]], removed: list[Tensor], mapper: "_Mapper"
 ) -> None:
-    """(d_j, change of the optimizer's state)[t] → [t+1] in place, for every row of `block`."""
+    """(d_j, optimizer state)[t] → [t+1] in place, for every row of `block`.
+
+    The state is each model's own, or for linear rules, which need no more, its difference from the logged one.
+    """
     trajectory = ev.trajectory
     # row 0 is the logged model itself, so that its gradient comes out of the same call
     models = {name: torch.cat([value[None], value + block[name][0]]) for name, value in point.params.items()}
@@ -139,12 +146,20 @@ def _advance(
             # the difference of two models obeys the rule too
             change, state = rule.forward(blocks[0], gradient[name][1:] - gradient[name][0], tuple(blocks[1:]), count, values)
         else:
-            logged = point.state[name]
-            states = tuple(torch.cat([slot[None], slot + d]) for slot, d in zip(logged, blocks[1:], strict=True))
+            states = tuple(torch.cat([s[None], own]) for s, own in zip(point.state[name], blocks[1:], strict=True))
             theta, states = rule.forward(models[name], gradient[name], states, count, values)
-            change, state = theta[1:] - theta[0], tuple(slot[1:] - slot[0] for slot in states)
+            change, state = theta[1:] - theta[0], tuple(slot[1:] for slot in states)
         for value, new in zip(blocks, (change, *state), strict=True):
             value.copy_(new)
+
+
+def _join(ev: Evaluator, point: Point, block: dict[str, list[Tensor]], rows: slice) -> None:
+    """Models that join begin with the logged optimizer state, or with no difference from it where the rule is linear."""
+    for name, state in point.state.items():
+        if ev.trajectory.optimizer[ev.trajectory.groups[name]].is_linear:
+            continue
+        for value, slot in zip(block[name][1:], state, strict=True):
+            value[rows] = slot
 
 
 def _gradients(ev: Evaluator, t: int, models: Params, removed: list[Tensor], mapper: "_Mapper") -> Params:
