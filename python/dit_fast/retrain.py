@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_fast import plan, queries
+from dit_fast.byte_sizes import format_bytes
 from dit_fast.data import as_ids
 from dit_fast.guard import check_problem
 from dit_fast.problem import Batch, Evaluator, Params, Problem
@@ -228,5 +229,5 @@ def _models_in_budget(ev: Evaluator, budget: int) -> int:
     # d, θ + d, gradient and its difference; the saved activations and as much again on the way back
     one = (4 + 3 * len(ev.trajectory.slots)) * ev.num_parameters * ev.dtype.itemsize + 2 * saved
     if one > budget:
-        raise ValueError(f"one model needs {plan.format_bytes(one)}, more than memory_budget = {plan.format_bytes(budget)}")
+        raise ValueError(f"one model needs {format_bytes(one)}, more than memory_budget = {format_bytes(budget)}")
     return budget // one
