@@ -46,9 +46,12 @@ ALLOWED = {
     "factors": "linearize ops problem sweep",
     "retrain": "byte_sizes data guard plan problem progress queries replay result trajectory",
     "score": "factors guard linearize plan problem progress queries replay result retrain sweep trajectory",
+    "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
     "reference": "data problem progress queries result trajectory",
     # what users meet
-    "__init__": "data errors log_size ops optimizers problem queries recorder reference result retrain score trajectory",
+    "__init__": (
+        "data errors estimate log_size ops optimizers problem queries recorder reference result retrain score trajectory"
+    ),
     "plots": "analysis result",
     "demo": "__init__ analysis",
     "cli": "errors",
@@ -56,7 +59,7 @@ ALLOWED = {
 # imports inside functions or for type checkers alone, which keep matplotlib, torch or a cycle out of `import dit_fast`
 LAZY = {"result": "plots", "demo": "plots", "cli": "__init__ demo"}
 # the slow truth shares no code with what it judges
-NOT_IN_REFERENCE = "ops optimizers score sweep linearize layerwise native recognize plan factors replay retrain"
+NOT_IN_REFERENCE = "ops optimizers score estimate sweep linearize layerwise native recognize plan factors replay retrain"
 
 
 def imports(source: str, modules: set[str]) -> Iterator[tuple[str, bool]]:

@@ -15,6 +15,7 @@ Q queries, S positions in a sequence, I/O in and out features, R rank.
 from dit_fast import queries, reference
 from dit_fast.data import with_ids
 from dit_fast.errors import LogError, UnsupportedError
+from dit_fast.estimate import RetrainEstimate, ScoreEstimate, estimate_score
 from dit_fast.log_size import LogEstimate, estimate_log
 from dit_fast.ops import build_info
 from dit_fast.optimizers import SGD, Adam, AdamW
@@ -34,10 +35,13 @@ __all__ = [
     "LogEstimate",
     "Problem",
     "Recorder",
+    "RetrainEstimate",
+    "ScoreEstimate",
     "Trajectory",
     "UnsupportedError",
     "build_info",
     "estimate_log",
+    "estimate_score",
     "leave_one_out",
     "queries",
     "reference",

@@ -1,7 +1,7 @@
 """What a score will cost, and how it is cut to fit: bytes, columns per sweep, columns per pull."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +79,14 @@ def columns_per_sweep(budget: int, num_parameters: int, num_samples: int, itemsi
 
 def columns_per_pull(budget: int, ev: Evaluator, params: Params, batch: Batch, hessian: Hessian, mode: Mode) -> int:
     """How many columns go through one batch's graph together, from the bytes that graph saves for its backward."""
+    graph = graph_bytes(lambda: linearize(ev, params, batch, hessian, mode))
+    if ev.device.type == "cpu" and graph > CACHED_GRAPH_BYTES:
+        return 1
+    return max(1, int(PULL_SHARE * budget) // (GRAPHS_PER_COLUMN * graph))
+
+
+def graph_bytes(run: Callable[[], object]) -> int:
+    """Bytes that the autograd graph made by run() saves for its backward, at least 1."""
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -86,11 +94,8 @@ def columns_per_pull(budget: int, ev: Evaluator, params: Params, batch: Batch, h
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        linearize(ev, params, batch, hessian, mode)
-    graph = max(sum(saved.values()), 1)
-    if ev.device.type == "cpu" and graph > CACHED_GRAPH_BYTES:
-        return 1
-    return max(1, int(PULL_SHARE * budget) // (GRAPHS_PER_COLUMN * graph))
+        run()
+    return max(sum(saved.values()), 1)
 
 
 def _free_host_memory() -> int:
