@@ -28,7 +28,7 @@ ALLOWED = {
     "log": "errors optimizers",
     "log_reader": "errors log optimizers",
     "log_size": "byte_sizes errors log modules optimizers",
-    "background": "errors log",
+    "background": "errors log log_size",
     "recording": "background errors log log_size modules optimizers",
     "recorder": "byte_sizes data errors log log_size modules optimizers recording",
     "arrays": "data log optimizers",

@@ -211,6 +211,11 @@ class LogWriter:
         """Steps in finished chunks."""
         return sum(chunk["steps"] for chunk in self._chunks)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of finished chunks."""
+        return sum(chunk["bytes"] for chunk in self._chunks)
+
     def add_chunk(self, chunk: "Chunk", marks: Mapping[str, int]) -> None:
         """The next len(chunk.steps) steps."""
         steps, segments = chunk.steps, self._header.num_segments(len(chunk.steps))

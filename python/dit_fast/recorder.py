@@ -55,7 +55,8 @@ class Recorder:
     log_dtype: "bfloat16" or "float16" to halve the log of float32 parameters, at a cost in accuracy (README).
     chunk_bytes: size of a chunk on disk and of its buffer in memory; 4 to 512 steps are kept to a chunk in any case.
     queue_chunks: full chunks that may wait for the disk; when there are more, the training loop waits. The Recorder holds
-        queue_chunks + 1 buffers, pinned where the parameters are on a GPU.
+        queue_chunks + 1 buffers, pinned where the parameters are on a GPU. Where waiting takes more than a tenth of the run,
+        one RuntimeWarning names the MB/s needed, those reached and an `every` that would do.
     overwrite: see path.
 
     Nothing of the training is touched: no random numbers, gradients, flags. What score() would refuse is refused at the

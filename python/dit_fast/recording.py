@@ -119,6 +119,7 @@ class Recording:
 
     def check(self, step: int) -> None:
         """LogError where the flags, a fixed tensor or a parameter is not what it was after the step before."""
+        self.writer.warn_if_slow()
         for name, module in self._modules.items():
             if module.training != self._flags[name]:
                 raise LogError(
