@@ -26,6 +26,7 @@ is ignored.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -247,34 +248,18 @@ class LogWriter:
         self._header = header
         constants = safetensors.torch.save({n: v.contiguous() for n, v in (header.constants or {}).items()})
         digest, _ = _write_file(path / CONSTANTS, [constants])
-        self._head = {
-            "format": FORMAT,
-            "version": VERSION,
-            "parameters": [
-                {"name": n, "shape": list(s), "dtype": str(d).removeprefix("torch."), "group": header.groups[n]}
-                for n, (s, d) in header.parameters.items()
-            ],
-            "optimizer": optimizers.to_json(header.optimizer),
-            "setting_names": list(header.optimizer[0].setting_names),
-            "slots": list(header.slots),
-            "clip": {"norm": header.clip.norm, "value": header.clip.value},
-            "every": header.every,
-            "rng": header.rng,
-            "batch": header.batch_tree,
-            "log_dtype": None if header.log_dtype is None else str(header.log_dtype).removeprefix("torch."),
-            "num_samples": header.num_samples,
-            "reduction": header.reduction,
-            "training_flags": header.training_flags,
-            "constants": {"file": CONSTANTS, "sha256": digest},
-            "frozen": header.frozen_digests,
-            "versions": {"dit_fast": _own_version(), "torch": torch.__version__},
-        }
+        self._head = manifest_head(header, digest)
         self.update({}, complete=False)
 
     @property
     def num_steps(self) -> int:
         """Steps in finished chunks."""
         return sum(chunk["steps"] for chunk in self._chunks)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of finished chunks."""
+        return sum(chunk["bytes"] for chunk in self._chunks)
 
     def add_chunk(self, chunk: "Chunk", marks: Mapping[str, int]) -> None:
         """The next len(chunk.steps) steps."""
@@ -310,6 +295,32 @@ class LogWriter:
         _write_file(self.path / MANIFEST, [text.encode()])
 
 
+def manifest_head(header: Header, constants_digest: str) -> dict[str, Any]:
+    """The part of the manifest that stays: all but marks, chunks and whether the run was completed."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "parameters": [
+            {"name": n, "shape": list(s), "dtype": str(d).removeprefix("torch."), "group": header.groups[n]}
+            for n, (s, d) in header.parameters.items()
+        ],
+        "optimizer": optimizers.to_json(header.optimizer),
+        "setting_names": list(header.optimizer[0].setting_names),
+        "slots": list(header.slots),
+        "clip": {"norm": header.clip.norm, "value": header.clip.value},
+        "every": header.every,
+        "rng": header.rng,
+        "batch": header.batch_tree,
+        "log_dtype": None if header.log_dtype is None else str(header.log_dtype).removeprefix("torch."),
+        "num_samples": header.num_samples,
+        "reduction": header.reduction,
+        "training_flags": header.training_flags,
+        "constants": {"file": CONSTANTS, "sha256": constants_digest},
+        "frozen": header.frozen_digests,
+        "versions": {"dit_fast": _own_version(), "torch": torch.__version__},
+    }
+
+
 def _write_file(path: Path, buffers: Iterable[Any]) -> tuple[str, int]:
     """Write the whole file or nothing: aside, fsync, rename, fsync of the folder. → (sha256, bytes)."""
     aside = path.with_name(f".{path.name}.partial")
@@ -340,18 +351,23 @@ def _write_file(path: Path, buffers: Iterable[Any]) -> tuple[str, int]:
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> list[Any]:
     """The file as a header and the tensors' own memory; safetensors.save would copy it all while holding the GIL."""
+    return [
+        safetensors_head({name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}),
+        *(tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for tensor in tensors.values()),
+    ]
+
+
+def safetensors_head(tensors: Mapping[str, tuple[torch.dtype, list[int]]]) -> bytes:
+    """The beginning of a safetensors file that holds these tensors, name → (dtype, shape), in this order."""
     entries: dict[str, Any] = {}
     at = 0
-    for name, tensor in tensors.items():
-        end = at + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+    for name, (dtype, shape) in tensors.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [at, end]}
         at = end
     head = json.dumps(entries).encode()
     head += b" " * (-len(head) % 8)
-    return [
-        len(head).to_bytes(8, "little") + head,
-        *(tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for tensor in tensors.values()),
-    ]
+    return len(head).to_bytes(8, "little") + head
 
 
 def chunk_name(number: int) -> str:

@@ -8,20 +8,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dit_fast import modules, optimizers
+from dit_fast.byte_sizes import parse_bytes
 from dit_fast.data import as_ids
 from dit_fast.errors import LogError, UnsupportedError
 from dit_fast.log import Step, as_doubles, as_tree, claim_directory
+from dit_fast.log_size import LOG_DTYPES, DiskBudget
 from dit_fast.recording import Recording, Source
 
 _recorded_optimizers: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
 _recorded_paths: set[Path] = set()
-_LOG_DTYPES = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Recorder:
@@ -45,7 +46,11 @@ class Recorder:
     reduction: how the loss given to backward() was reduced over the batch: "mean", a_b = scale / B, or "sum", a_b = scale.
     num_samples: N; ids at or above it are refused. None = not known.
     every: k; parameters are stored before every k-th step only and those between replayed when scores are computed, which
-        costs about one training run more and needs the problem to reproduce the run to rounding.
+        costs about one training run more and needs the problem to reproduce the run to rounding. "auto": the smallest k
+        with which the log of `total_steps` steps fits `disk_budget`, found at the first step, whose batch size is taken
+        for that of all steps; ValueError there where none fits. `estimate_log` says what a run would take.
+    disk_budget, total_steps: for every="auto": bytes or a string such as "2GiB", and the number of steps of the run. A
+        longer run takes more than the budget.
     clip_norm, clip_value: the limit where you clip gradients before each step, by torch.nn.utils.clip_grad_norm_ (Euclidean,
         over all parameters logged) or clip_grad_value_. The Recorder does not clip; it has to be told.
     store_batches: keep the batches themselves, given as `step(ids, batch=(x, y))`, so that scores need no data: for random
@@ -53,7 +58,8 @@ class Recorder:
     log_dtype: "bfloat16" or "float16" to halve the log of float32 parameters, at a cost in accuracy (README).
     chunk_bytes: size of a chunk on disk and of its buffer in memory; 4 to 512 steps are kept to a chunk in any case.
     queue_chunks: full chunks that may wait for the disk; when there are more, the training loop waits. The Recorder holds
-        queue_chunks + 1 buffers, pinned where the parameters are on a GPU.
+        queue_chunks + 1 buffers, pinned where the parameters are on a GPU. Where waiting takes more than a tenth of the run,
+        one RuntimeWarning names the MB/s needed, those reached and an `every` that would do.
     overwrite: see path.
 
     Nothing of the training is touched: no random numbers, gradients, flags. What score() would refuse is refused at the
@@ -71,7 +77,9 @@ class Recorder:
         *,
         reduction: str = "mean",
         num_samples: int | None = None,
-        every: int = 1,
+        every: int | Literal["auto"] = 1,
+        disk_budget: int | float | str | None = None,
+        total_steps: int | None = None,
         clip_norm: float | None = None,
         clip_value: float | None = None,
         store_batches: bool = False,
@@ -82,16 +90,18 @@ class Recorder:
     ) -> None:
         if reduction not in ("mean", "sum"):
             raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
-        sizes = {"chunk_bytes": chunk_bytes, "queue_chunks": queue_chunks, "num_samples": num_samples, "every": every}
+        self._every, self._disk_budget = _read_every(every, disk_budget, total_steps)
+        sizes = {"chunk_bytes": chunk_bytes, "queue_chunks": queue_chunks, "num_samples": num_samples, "every": self._every}
+        sizes["total_steps"] = total_steps
         for name, value in sizes.items():
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if log_dtype not in _LOG_DTYPES:
+        if log_dtype not in LOG_DTYPES:
             raise ValueError(f'log_dtype must be "bfloat16", "float16" or None, got {log_dtype!r}')
         self._clip = optimizers.Clip(clip_norm, clip_value)
-        self._every, self._log_dtype, self._store_batches = every, _LOG_DTYPES[log_dtype], store_batches
+        self._total_steps, self._log_dtype, self._store_batches = total_steps, LOG_DTYPES[log_dtype], store_batches
         self._rules = optimizers.from_torch(optimizer)
         if optimizer in _recorded_optimizers:
             raise LogError("this optimizer is being recorded already; close() the other Recorder first")
@@ -131,6 +141,11 @@ class Recorder:
     def num_steps(self) -> int:
         """Steps logged so far, those still in memory included."""
         return self._num_steps
+
+    @property
+    def every(self) -> int | None:
+        """k; with every="auto" None until the first step."""
+        return self._every if self._recording is None else self._recording.every
 
     def step(self, ids: Any = None, coefficients: Any = None, batch: Any = None) -> "_StepScope":
         """`with recorder.step(ids): optimizer.step()`: exactly one step, made from these samples.
@@ -281,8 +296,14 @@ class Recorder:
         groups = {name: self._held[p] for name, p in self._params.items()}
         return Source(
             self._model, self._params, groups, self._optimizer, self._rules, self._reduction, self._num_samples,
-            self._clip, self._every, self._log_dtype, bool(self._rng), self._stored_layout,
+            self._clip, self._every or 1, self._log_dtype, bool(self._rng), self._stored_layout, self._budget(),
         )  # fmt: skip
+
+    def _budget(self) -> DiskBudget | None:
+        if self._disk_budget is None or self._total_steps is None:
+            return None
+        self._check_named()  # the batch's size counts, so a closure is too late to name it
+        return DiskBudget(self._disk_budget, self._total_steps, sum(len(named.ids) for named in self._pending))
 
     def _check_named(self) -> None:
         if not self._pending:
@@ -396,6 +417,19 @@ def _to_host(tensor: Tensor) -> Tensor:
         return tensor.clone(memory_format=torch.contiguous_format)
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
+
+
+def _read_every(every: Any, disk_budget: Any, total_steps: Any) -> tuple[int | None, int | None]:
+    """(every, disk_budget in bytes), one of them None; ValueError where they do not go together."""
+    if every != "auto":
+        if disk_budget is not None or total_steps is not None:
+            raise ValueError('disk_budget and total_steps are for every="auto"')
+        if every is None:
+            raise ValueError('every must be a positive integer or "auto", got None')
+        return every, None
+    if disk_budget is None or total_steps is None:
+        raise ValueError('every="auto" needs disk_budget (bytes or "2GiB") and total_steps, the number of steps of the run')
+    return None, parse_bytes(disk_budget, "disk_budget")
 
 
 def _held_parameters(optimizer: torch.optim.Optimizer) -> dict[Tensor, int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,8 @@ from dit_fast.background import (
 )
 from dit_fast.errors import LogError, UnsupportedError
 from dit_fast.log import MANIFEST, Header, LogWriter, Step, update_counts
+from dit_fast.log_size import DiskBudget, choose_every, steps_per_chunk
 from dit_fast.optimizers import Clip, Rule
-
-# a chunk repeats one row of its neighbour, so not too few; a killed run loses the chunk it was filling, so not too many
-_MIN_STEPS, _MAX_STEPS = 4, 512
 
 
 class _Fixed:
@@ -57,7 +55,7 @@ class _Fixed:
 @dataclass(frozen=True)
 class Source:
     """What is recorded: the user's module, its logged parameters and the parameter group of each, and what is known of
-    the run before it starts."""
+    the run before it starts. disk_budget: choose `every` from it."""
 
     model: nn.Module
     params: dict[str, nn.Parameter]
@@ -71,6 +69,7 @@ class Source:
     log_dtype: torch.dtype | None
     has_dropout: bool
     batch_tree: Any
+    disk_budget: DiskBudget | None = None
 
 
 class Recording:
@@ -82,7 +81,7 @@ class Recording:
         self._modules = dict(source.model.named_modules())
         self._flags = modules.training_flags(source.model)
         self._fixed = _fixed_tensors(source.model, source.params)
-        self._header = header = Header(
+        header = Header(
             parameters={name: (p.shape, p.dtype) for name, p in source.params.items()},
             groups=source.groups,
             optimizer=source.rules,
@@ -97,12 +96,15 @@ class Recording:
             rng=next(iter(source.params.values())).device.type if source.has_dropout else None,
             batch_tree=source.batch_tree,
         )
+        if source.disk_budget is not None:
+            header = replace(header, every=choose_every(header, source.disk_budget, chunk_bytes))
+        self._header, self.every = header, header.every
         self._optimizer, self.has_dropout = source.optimizer, source.has_dropout
         self._counts = self._first_counts()
         self._device = _common_device(source.params)
         params = list(source.params.values())
         rows = self._rows = HostRows(header, params) if self._device.type == "cpu" else DeviceRows(header, params)
-        capacity = _capacity(header, chunk_bytes)
+        capacity = steps_per_chunk(header, chunk_bytes)
         if (path / MANIFEST).exists():
             raise LogError(f"{path} holds a log by now: does another Recorder write there? choose another path")
         try:
@@ -121,6 +123,7 @@ class Recording:
 
     def check(self, step: int) -> None:
         """LogError where the flags, a fixed tensor or a parameter is not what it was after the step before."""
+        self.writer.warn_if_slow()
         for name, module in self._modules.items():
             if module.training != self._flags[name]:
                 raise LogError(
@@ -204,15 +207,6 @@ class Recording:
             row = self._header.split(self._buffer.rows[len(self._buffer.steps)])
             is_finite = torch.isfinite(row[name]).all()
             raise LogError(changed_message(step, name) if is_finite else nonfinite_message(step - 1, name))
-
-
-def _capacity(header: Header, chunk_bytes: int) -> int:
-    """Steps of a chunk: a multiple of `every` that fits chunk_bytes, within the limits above."""
-    row_bytes = max(header.row_size * header.row_dtype.itemsize, 1)
-    if header.every == 1:
-        return min(max(chunk_bytes // row_bytes - 1, _MIN_STEPS), _MAX_STEPS)
-    segment_bytes = row_bytes + len(header.slots) * header.row_size * header.state_dtype.itemsize
-    return header.every * min(max(chunk_bytes // segment_bytes, 1), max(_MAX_STEPS // header.every, 1))
 
 
 def _slot(state: Any, p: Tensor, slot: str) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_fast import plan, queries
+from dit_fast.byte_sizes import format_bytes
 from dit_fast.data import as_ids
 from dit_fast.guard import check_problem
 from dit_fast.problem import Batch, Evaluator, Params, Problem
@@ -101,7 +102,7 @@ def _changes(
         return changes, {"models": 0}
     exact = Evaluator(ev.problem, ev.trajectory, ev.device, torch.float64)
     mapper, num_blocks = _Mapper(ev.trajectory.rng is None), 1 + len(ev.trajectory.slots)
-    size = min(MODELS_AT_ONCE, _models_in_budget(ev, budget))
+    size = models_at_once(ev, budget)
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
     with progress_bar(len(chunks) * ends[-1], "retraining", show_progress) as bar:
         for chunk in chunks:
@@ -234,8 +235,16 @@ def _first_visits(ev: Evaluator, removed: list[Tensor], last: int) -> list[int]:
     return [int(first[ids].min()) if len(ids) else last for ids in removed]
 
 
-def _models_in_budget(ev: Evaluator, budget: int) -> int:
-    """Models that advance together: their parameters, changes, gradients, and the activations of one batch."""
+def models_at_once(ev: Evaluator, budget: int) -> int:
+    """Models that advance together; ValueError where not one fits."""
+    one = bytes_per_model(ev)
+    if one > budget:
+        raise ValueError(f"one model needs {format_bytes(one)}, more than memory_budget = {format_bytes(budget)}")
+    return min(MODELS_AT_ONCE, budget // one)
+
+
+def bytes_per_model(ev: Evaluator) -> int:
+    """What a model advancing takes: its parameters, changes, gradients, and the activations of one batch."""
     params, batch = ev.params(0), ev.batches(0)[0]
     saved = 0
 
@@ -247,7 +256,4 @@ def _models_in_budget(ev: Evaluator, budget: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         ev.losses({name: value.detach().requires_grad_() for name, value in params.items()}, batch)
     # d, θ + d, gradient and its difference; the saved activations and as much again on the way back
-    one = (4 + 3 * len(ev.trajectory.slots)) * ev.num_parameters * ev.dtype.itemsize + 2 * saved
-    if one > budget:
-        raise ValueError(f"one model needs {plan.format_bytes(one)}, more than memory_budget = {plan.format_bytes(budget)}")
-    return budget // one
+    return (4 + 3 * len(ev.trajectory.slots)) * ev.num_parameters * ev.dtype.itemsize + 2 * saved

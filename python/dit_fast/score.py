@@ -69,7 +69,7 @@ def score(
     are left as they were.
     """
     began = time.perf_counter()
-    _check_options(hessian, query_at, method, backend, refine)
+    check_options(hessian, query_at, method, backend, refine)
     if (method == "retrain" or refine) and query_at == "final":
         raise ValueError("query_at='final' cannot be retrained: retraining asks the query itself at each end of a window")
     retraining: dict[str, Any] = {
@@ -128,7 +128,7 @@ def _adjoint_scores(
     blocks = 1 + len(ev.trajectory.slots)
     per_sweep = plan.columns_per_sweep(budget, ev.num_parameters, num_samples, ev.dtype.itemsize, blocks)
     chunks = [made[start : start + per_sweep] for start in range(0, len(made), per_sweep)]
-    linearizer, meta = _choose_linearizer(ev, hessian, backend, min(per_sweep, len(made)), budget)
+    linearizer, meta = choose_linearizer(ev, hessian, backend, min(per_sweep, len(made)), budget)
 
     def gradients(t: int) -> Params:
         point = t if query_at == "endpoint" else ev.trajectory.num_steps
@@ -145,9 +145,10 @@ def _adjoint_scores(
     return scores, meta | {"columns": len(made), "sweeps": len(chunks)}
 
 
-def _choose_linearizer(
+def choose_linearizer(
     ev: Evaluator, hessian: Hessian, backend: str, num_columns: int, budget: int
 ) -> tuple[Linearizer, dict[str, Any]]:
+    """The primitive for this net and curvature, and what it is."""
     params, batch = ev.params(0), ev.batches(0)[0]
     if backend != "generic":
         refusal = factors.refusal(ev, params, batch, hessian)
@@ -164,7 +165,8 @@ def _choose_linearizer(
     return generic, {"backend": "generic", "mode": mode, "columns_per_pull": min(limit, num_columns)}
 
 
-def _check_options(hessian: str, query_at: str, method: str, backend: str, refine: int) -> None:
+def check_options(hessian: str, query_at: str, method: str, backend: str, refine: int) -> None:
+    """ValueError for an option that there is not."""
     for name, value, allowed in (
         ("hessian", hessian, HESSIANS),
         ("query_at", query_at, ("endpoint", "final")),
