@@ -24,11 +24,13 @@ ALLOWED = {
     "modules": "errors",
     # the log
     "optimizers": "errors",
-    "log": "errors optimizers",
+    "log": "optimizers",
     "log_reader": "errors log optimizers",
     "background": "errors log",
-    "recording": "background errors log modules optimizers",
-    "recorder": "data errors log modules optimizers recording",
+    "directory": "errors log",
+    "resumption": "directory errors log log_reader modules",
+    "recording": "background errors log modules optimizers resumption",
+    "recorder": "data directory errors log log_reader modules optimizers recording resumption",
     "arrays": "data log optimizers",
     "trajectory": "arrays errors log log_reader optimizers",
     # what is asked of it

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_fast import modules, optimizers
+from dit_fast import directory, modules, optimizers, resumption
 from dit_fast.data import as_ids
 from dit_fast.errors import LogError, UnsupportedError
-from dit_fast.log import Step, as_doubles, claim_directory
-from dit_fast.recording import Recording, Source
+from dit_fast.log import Step, as_doubles
+from dit_fast.log_reader import LogReader
+from dit_fast.recording import Recording, Source, header_of
 
 _recorded_optimizers: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
 _recorded_paths: set[Path] = set()
@@ -37,7 +38,8 @@ class Recorder:
     before. `with recorder.step(ids)` names one batch and checks that exactly one step follows; for gradient accumulation
     call `batch(ids, scale=1/M)` once per backward and then optimizer.step(), by itself or within `with recorder.step():`.
 
-    path: a directory, made if need be. An existing log there is refused; overwrite=True deletes it (its own files only).
+    path: a directory, made if need be. An existing log there is refused; overwrite=True deletes it (its own files only),
+        resume=True goes on with it. A file `.lock` in it keeps other processes from writing there at the same time.
     model: its trainable parameters that `optimizer` holds are logged, float32 or float64, on the CPU or one GPU. Its
         buffers are logged once, of its other parameters a hash; both must stay as they are.
     optimizer: torch.optim.SGD, Adam or AdamW, any number of parameter groups, any schedule of their settings.
@@ -52,6 +54,11 @@ class Recorder:
     queue_chunks: full chunks that may wait for the disk; when there are more, the training loop waits. The Recorder holds
         queue_chunks + 1 buffers, pinned where the parameters are on a GPU.
     overwrite: see path.
+    resume: go on with the log at path, where there is one (else a new one begins). Load model and optimizer from a checkpoint
+        first: the Recorder finds the last logged step that has the model's parameters bit for bit (`num_steps` is then this
+        step), and with the first step, or with close(), cuts the log after it. LogError where there is no such step (a killed
+        run's log ends with its last finished chunk, so the checkpoint may have to be an older one), where the optimizer's
+        state is not that of the step, or where the log is of another model, kind of optimizer or options.
 
     Nothing of the training is touched: no random numbers, gradients, flags. What score() would refuse is refused at the
     first step: UnsupportedError for models and optimizers, ValueError and TypeError for arguments, LogError for what
@@ -75,10 +82,13 @@ class Recorder:
         chunk_bytes: int = 64 << 20,
         queue_chunks: int = 2,
         overwrite: bool = False,
+        resume: bool = False,
     ) -> None:
         if reduction not in ("mean", "sum"):
             raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
         sizes = {"chunk_bytes": chunk_bytes, "queue_chunks": queue_chunks, "num_samples": num_samples, "every": every}
+        if overwrite and resume:
+            raise ValueError("resume=True goes on with a log and overwrite=True deletes it; give one of them")
         for name, value in sizes.items():
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -103,12 +113,21 @@ class Recorder:
         self.path = Path(path)
         if self.path.resolve() in _recorded_paths:
             raise LogError(f"another Recorder writes to {path}; close() it first or choose another path")
-        claim_directory(self.path, overwrite)
-        self._num_steps = 0
+        self._claim = directory.Claim(self.path)
+        try:
+            self._point = self._find_point() if directory.prepare(self.path, overwrite, resume) else None
+        except BaseException:
+            self._claim.release()
+            raise
+        self._num_steps, self._marks = 0, {}
+        if self._point is not None:
+            self._num_steps, self._marks = self._point.step, self._point.marks()
+            self._rules = self._point.log.header.optimizer
+        # a run that goes on may set again what it set just before it was stopped
+        self._repeatable = {name for name, step in self._marks.items() if step == self._num_steps}
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._scope: _StepScope | None = None
         self._settings: list[list[float]] | None = None
-        self._marks: dict[str, int] = {}
         self._recording: Recording | None = None
         self._pid, self._closed = os.getpid(), False
         self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
@@ -148,7 +167,7 @@ class Recorder:
         self._check_open()
         if not isinstance(name, str) or not name:
             raise TypeError(f"a mark's name must be a non-empty string, got {name!r}")
-        if name in self._marks:
+        if name in self._marks and not (name in self._repeatable and self._marks[name] == self._num_steps):
             raise ValueError(f"mark '{name}' was set before, at step {self._marks[name]}; names must differ")
         self._marks[name] = self._num_steps
         if self._recording is not None:
@@ -214,7 +233,9 @@ class Recorder:
             self._check_gradients()
         self._check_optimizer()
         if recording is None:
-            self._recording = Recording(self.path, self._source(), self._chunk_bytes, self._queue_chunks)
+            self._recording = Recording(
+                self.path, self._source(), self._chunk_bytes, self._queue_chunks, self._point, self._marks
+            )
         else:
             recording.check(step)
         self._settings = optimizers.group_settings(optimizer, self._rules)
@@ -232,6 +253,24 @@ class Recorder:
             self._scope.done = True
         self._recording.add(Step(ids, coefficients, sizes, settings, absent), self._marks)
         self._num_steps += 1
+
+    def _find_point(self) -> resumption.Point | None:
+        """Where the log at `path` is gone on from; None for a log without steps, which is deleted."""
+        log = LogReader(self.path)
+        if not log.num_steps:
+            directory.prepare(self.path, overwrite=True, resume=False)
+            return None
+        resumption.check_same(log, header_of(self._source()), with_flags=False)
+        return resumption.find_point(log, self._params, self._optimizer)
+
+    def _cut(self) -> None:
+        """End a log that was gone on with at the step where the model stands, no step having followed."""
+        assert self._point is not None
+        self._point.check_params(self._params)
+        try:
+            resumption.cut(self._point, self._marks).update(self._marks, complete=True)
+        except OSError as error:
+            raise LogError(f"cannot write the log at {self.path}: {error.strerror or error}") from error
 
     def _source(self) -> Source:
         groups = {name: self._held[p] for name, p in self._params.items()}
@@ -289,8 +328,13 @@ class Recorder:
         atexit.unregister(self._at_exit)
         _recorded_optimizers.discard(self._optimizer)
         _recorded_paths.discard(self.path.resolve())
-        if self._recording is not None:
-            self._recording.finish(self._num_steps, self._marks, complete)
+        try:
+            if self._recording is not None:
+                self._recording.finish(self._num_steps, self._marks, complete)
+            elif self._point is not None and complete:
+                self._cut()
+        finally:
+            self._claim.release()
 
 
 class _StepScope:

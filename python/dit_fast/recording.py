@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dit_fast import modules
+from dit_fast import modules, resumption
 from dit_fast.background import (
     BackgroundWriter,
     ChunkBuffer,
@@ -72,37 +71,39 @@ class Source:
 
 
 class Recording:
-    """Made in front of the first step, whose parameters become row 0. Raises what the Recorder documents."""
+    """Made in front of the first step, whose parameters become row 0 of a chunk; a log that is gone on with (`point`) is cut
+    then. Raises what the Recorder documents."""
 
-    def __init__(self, path: Path, source: Source, chunk_bytes: int, queue_chunks: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        source: Source,
+        chunk_bytes: int,
+        queue_chunks: int,
+        point: resumption.Point | None = None,
+        marks: Mapping[str, int] | None = None,
+    ) -> None:
         modules.refuse_unsupported(source.model)
         self._params = source.params
         self._modules = dict(source.model.named_modules())
         self._flags = modules.training_flags(source.model)
         self._fixed = _fixed_tensors(source.model, source.params)
-        self._header = header = Header(
-            parameters={name: (p.shape, p.dtype) for name, p in source.params.items()},
-            groups=source.groups,
-            optimizer=source.rules,
-            num_samples=source.num_samples,
-            training_flags=self._flags,
-            constants={f.name: f.value for f in self._fixed if f.value is not None},
-            frozen_digests={f.name: f.digest for f in self._fixed if f.value is None},
-            reduction=source.reduction,
-            clip=source.clip,
-            every=source.every,
-            log_dtype=source.log_dtype,
-        )
+        header = _header(source, self._fixed)
+        if point is not None:
+            point.check_params(source.params)
+            resumption.check_same(point.log, header, with_flags=True)
+            header = point.log.header
+        self._header = header
         self._optimizer = source.optimizer
-        self._counts = self._first_counts()
+        self._counts = resumption.update_counts(source.params, source.optimizer) if point is None else point.counts
         self._device = _common_device(source.params)
         params = list(source.params.values())
         rows = self._rows = HostRows(header, params) if self._device.type == "cpu" else DeviceRows(header, params)
         capacity = _capacity(header, chunk_bytes)
-        if (path / MANIFEST).exists():
+        if point is None and (path / MANIFEST).exists():
             raise LogError(f"{path} holds a log by now: does another Recorder write there? choose another path")
         try:
-            log = LogWriter(path, header)
+            log = LogWriter(path, header) if point is None else resumption.cut(point, marks or {})
         except OSError as error:
             raise LogError(f"cannot write the log at {path}: {error.strerror or error}") from error
         # one buffer is being filled while the others are written or wait for it
@@ -165,17 +166,10 @@ class Recording:
         """The optimizer's state and its counts as they are now begin a segment."""
         self._buffer.counts[segment] = self._counts
         if self._header.slots:
-            state = self._optimizer.state
-            slots = [[_slot(state, p, slot) for p in self._params.values()] for slot in self._header.slots]
+            slots = [
+                [resumption.slot_of(self._optimizer, p, slot) for p in self._params.values()] for slot in self._header.slots
+            ]
             self._rows.copy_state(self._buffer, segment, slots)
-
-    def _first_counts(self) -> Tensor:
-        """How often each parameter's state was updated before recording began; a momentum buffer counts once."""
-        counts = []
-        for p in self._params.values():
-            state = self._optimizer.state.get(p, {})
-            counts.append(int(state["step"]) if "step" in state else int(state.get("momentum_buffer") is not None))
-        return torch.tensor(counts, dtype=torch.int64)
 
     def _make_buffer(self, capacity: int) -> ChunkBuffer:
         # pinning takes a CUDA context, and in the writer's thread that would be device 0
@@ -211,10 +205,25 @@ def _capacity(header: Header, chunk_bytes: int) -> int:
     return header.every * min(max(chunk_bytes // segment_bytes, 1), max(_MAX_STEPS // header.every, 1))
 
 
-def _slot(state: Any, p: Tensor, slot: str) -> Tensor:
-    """The parameter's state tensor, zeros where torch has not made it yet."""
-    tensor = state.get(p, {}).get(slot)
-    return torch.zeros_like(p) if tensor is None else tensor
+def header_of(source: Source) -> Header:
+    """What is known of a run that starts as things are now."""
+    return _header(source, _fixed_tensors(source.model, source.params))
+
+
+def _header(source: Source, fixed: list[_Fixed]) -> Header:
+    return Header(
+        parameters={name: (p.shape, p.dtype) for name, p in source.params.items()},
+        groups=source.groups,
+        optimizer=source.rules,
+        num_samples=source.num_samples,
+        training_flags=modules.training_flags(source.model),
+        constants={f.name: f.value for f in fixed if f.value is not None},
+        frozen_digests={f.name: f.digest for f in fixed if f.value is None},
+        reduction=source.reduction,
+        clip=source.clip,
+        every=source.every,
+        log_dtype=source.log_dtype,
+    )
 
 
 def _fixed_tensors(model: nn.Module, params: Mapping[str, nn.Parameter]) -> list[_Fixed]:
