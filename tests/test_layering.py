@@ -23,6 +23,7 @@ ALLOWED = {
     "ops_torch": "",
     "modules": "errors",
     # the log
+    "ranks": "errors",
     "optimizers": "errors",
     "log": "optimizers",
     "log_reader": "errors log optimizers",
@@ -30,7 +31,7 @@ ALLOWED = {
     "directory": "errors log",
     "resumption": "directory errors log log_reader modules",
     "recording": "background errors log modules optimizers resumption",
-    "recorder": "data directory errors log log_reader modules optimizers recording resumption",
+    "recorder": "data directory errors log log_reader modules optimizers ranks recording resumption",
     "arrays": "data log optimizers",
     "trajectory": "arrays errors log log_reader optimizers",
     # what is asked of it

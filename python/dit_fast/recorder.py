@@ -5,6 +5,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,9 +18,11 @@ from dit_fast.data import as_ids
 from dit_fast.errors import LogError, UnsupportedError
 from dit_fast.log import Step, as_doubles
 from dit_fast.log_reader import LogReader
-from dit_fast.recording import Recording, Source, header_of
+from dit_fast.ranks import Ranks
+from dit_fast.recording import Recording, Source, Watch, header_of
 
 _recorded_optimizers: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
+_recorders: "weakref.WeakSet[Recorder]" = weakref.WeakSet()
 _recorded_paths: set[Path] = set()
 _LOG_DTYPES = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,6 +62,11 @@ class Recorder:
         step), and with the first step, or with close(), cuts the log after it. LogError where there is no such step (a killed
         run's log ends with its last finished chunk, so the checkpoint may have to be an older one), where the optimizer's
         state is not that of the step, or where the log is of another model, kind of optimizer or options.
+
+    Under DistributedDataParallel every process makes a Recorder, and names the samples of its own batches; the process of
+    rank 0 writes and is the only one to touch path. What is named is gathered in front of each optimizer.step(), coefficients
+    are divided by the number of processes, as the gradients are, and each process's batches stay micro-batches of their own,
+    in the order of ranks. An error in one process is raised in all. FSDP is refused, and so is a second optimizer on a model.
 
     Nothing of the training is touched: no random numbers, gradients, flags. What score() would refuse is refused at the
     first step: UnsupportedError for models and optimizers, ValueError and TypeError for arguments, LogError for what
@@ -101,8 +109,12 @@ class Recorder:
         self._rules = optimizers.from_torch(optimizer)
         if optimizer in _recorded_optimizers:
             raise LogError("this optimizer is being recorded already; close() the other Recorder first")
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise UnsupportedError("training in several processes cannot be logged yet")
+        modules.refuse_sharded(model)
+        self._ranks = Ranks(modules.data_parallel_wrapper(model))
+        if self._ranks.size == 1 and _num_processes() > 1:
+            raise UnsupportedError(
+                "training in several processes is logged where the model is in DistributedDataParallel alone"
+            )
         self._model, self._optimizer = modules.inner_module(model), optimizer
         self._reduction, self._num_samples = reduction, num_samples
         self._chunk_bytes, self._queue_chunks = chunk_bytes, queue_chunks
@@ -111,28 +123,26 @@ class Recorder:
         _check_parameters(self._model, self._params, self._held)
 
         self.path = Path(path)
-        if self.path.resolve() in _recorded_paths:
-            raise LogError(f"another Recorder writes to {path}; close() it first or choose another path")
-        self._claim = directory.Claim(self.path)
+        self._claim: directory.Claim | None = None
+        self._point: resumption.Point | None = None
         try:
-            self._point = self._find_point() if directory.prepare(self.path, overwrite, resume) else None
+            places = self._ranks.gather(lambda: self._open(overwrite, resume))
+            if any(place.digests != places[0].digests for place in places):
+                raise LogError("the model's parameters are not the same in all processes")
         except BaseException:
-            self._claim.release()
+            self._release()
             raise
-        self._num_steps, self._marks = 0, {}
-        if self._point is not None:
-            self._num_steps, self._marks = self._point.step, self._point.marks()
-            self._rules = self._point.log.header.optimizer
+        self._num_steps, self._marks = places[0].step, dict(places[0].marks)
         # a run that goes on may set again what it set just before it was stopped
         self._repeatable = {name for name, step in self._marks.items() if step == self._num_steps}
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._scope: _StepScope | None = None
-        self._settings: list[list[float]] | None = None
-        self._recording: Recording | None = None
+        self._parts: list[_Part] | None = None
+        self._recording: Watch | None = None
         self._pid, self._closed = os.getpid(), False
         self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
         _recorded_optimizers.add(optimizer)
-        _recorded_paths.add(self.path.resolve())
+        _recorders.add(self)
         self._at_exit = _closer(weakref.ref(self))
         atexit.register(self._at_exit)
 
@@ -171,7 +181,7 @@ class Recorder:
             raise ValueError(f"mark '{name}' was set before, at step {self._marks[name]}; names must differ")
         self._marks[name] = self._num_steps
         if self._recording is not None:
-            self._recording.writer.put_marks(self._marks)
+            self._recording.put_marks(self._marks)
 
     def close(self) -> None:
         """Write what is left and end the log; LogError if parameters changed since the last step or the disk failed."""
@@ -220,39 +230,84 @@ class Recorder:
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._elsewhere():
             return
-        step, recording = self._num_steps, self._recording
-        if recording is not None:
-            recording.writer.check()
-        self._settings = None
-        if self._scope is not None and self._scope.done:
-            raise LogError(f"step {step}: a second optimizer.step() within one recorder.step()")
+        self._parts = None
         # a closure computes the gradients within the step, and may name its batches there
         has_closure = any(callable(arg) for arg in (*args[1:], *kwargs.values()))
+        parts = self._ranks.gather(lambda: self._prepare(has_closure))
+        if any((part.settings, part.absent) != (parts[0].settings, parts[0].absent) for part in parts):
+            raise LogError(f"step {self._num_steps}: the optimizer's settings or gradients are not the same in all processes")
+        self._parts = parts
+
+    def _prepare(self, has_closure: bool) -> "_Part":
+        """Check everything in front of a step, and say what this process adds to it."""
+        step, recording, absent = self._num_steps, self._recording, None
+        if recording is not None:
+            recording.check_writer()
+        if self._scope is not None and self._scope.done:
+            raise LogError(f"step {step}: a second optimizer.step() within one recorder.step()")
         if not has_closure:
             self._check_named()
-            self._check_gradients()
+            absent = self._check_gradients()
+        elif self._ranks.size > 1:
+            raise UnsupportedError(f"step {step}: optimizer.step(closure) is not supported under DistributedDataParallel")
         self._check_optimizer()
-        if recording is None:
+        if recording is not None:
+            recording.check(step)
+        elif self._ranks.writes:
             self._recording = Recording(
                 self.path, self._source(), self._chunk_bytes, self._queue_chunks, self._point, self._marks
             )
         else:
-            recording.check(step)
-        self._settings = optimizers.group_settings(optimizer, self._rules)
+            self._recording = Watch(self._source())
+        return _Part(self._pending, optimizers.group_settings(self._optimizer, self._rules), absent)
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        settings, self._settings = self._settings, None
-        if self._elsewhere() or settings is None or self._recording is None:
+        parts, self._parts = self._parts, None
+        if self._elsewhere() or parts is None or self._recording is None:
             return
         self._check_named()
         absent = self._check_gradients()
-        ids, coefficients = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
-        sizes = tuple(len(batch) for batch, _ in self._pending)
+        size = self._ranks.size
+        pending = self._pending if size == 1 else [batch for part in parts for batch in part.batches]
+        ids, coefficients = (torch.cat(batches) for batches in zip(*pending, strict=True))
+        sizes = tuple(len(batch) for batch, _ in pending)
         self._pending = []
         if self._scope is not None:
             self._scope.done = True
-        self._recording.add(Step(ids, coefficients, sizes, settings, absent), self._marks)
+        # DistributedDataParallel takes the mean of the processes' gradients
+        self._recording.add(Step(ids, coefficients / size, sizes, parts[0].settings, absent), self._marks)
         self._num_steps += 1
+
+    def _open(self, overwrite: bool, resume: bool) -> "_Place":
+        """Claim the path and find where to go on, in the process that writes; what must be the same in all of them."""
+        for other in _recorders:
+            shares = set(self._held) & set(other._model.parameters()) or set(other._held) & set(self._model.parameters())
+            if not other._closed and shares and self.path.resolve() != other.path.resolve():
+                raise UnsupportedError(
+                    f"more than one optimizer on one model is not supported: its parameters are being recorded to {other.path}"
+                )
+        if self._ranks.writes:
+            if self.path.resolve() in _recorded_paths:
+                raise LogError(f"another Recorder writes to {self.path}; close() it first or choose another path")
+            self._claim = directory.Claim(self.path)
+            _recorded_paths.add(self.path.resolve())
+            if directory.prepare(self.path, overwrite, resume):
+                self._point = self._find_point()
+        if self._point is not None:
+            self._rules = self._point.log.header.optimizer
+        digests = None
+        if self._ranks.size > 1:
+            digests = {name: modules.tensor_digest(p) for name, p in self._params.items()}
+        if self._point is None:
+            return _Place(0, {}, digests)
+        return _Place(self._point.step, self._point.marks(), digests)
+
+    def _release(self) -> None:
+        """Give the directory back."""
+        if self._claim is not None:
+            _recorded_paths.discard(self.path.resolve())
+            self._claim.release()
+            self._claim = None
 
     def _find_point(self) -> resumption.Point | None:
         """Where the log at `path` is gone on from; None for a log without steps, which is deleted."""
@@ -314,7 +369,7 @@ class Recorder:
         if self._closed:
             raise LogError(f"the Recorder of {self.path} is closed")
         if self._recording is not None:
-            self._recording.writer.check()
+            self._recording.check_writer()
 
     def _elsewhere(self) -> bool:
         return self._closed or os.getpid() != self._pid
@@ -327,14 +382,32 @@ class Recorder:
             hook.remove()
         atexit.unregister(self._at_exit)
         _recorded_optimizers.discard(self._optimizer)
-        _recorded_paths.discard(self.path.resolve())
+        _recorders.discard(self)
         try:
             if self._recording is not None:
                 self._recording.finish(self._num_steps, self._marks, complete)
             elif self._point is not None and complete:
                 self._cut()
         finally:
-            self._claim.release()
+            self._release()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one process adds to a step; absent is None where a closure has yet to compute the gradients."""
+
+    batches: list[tuple[Tensor, Tensor]]
+    settings: list[list[float]]
+    absent: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a process begins: the steps and marks of the log it goes on with, and digests of its parameters."""
+
+    step: int
+    marks: dict[str, int]
+    digests: dict[str, str] | None
 
 
 class _StepScope:
@@ -365,6 +438,11 @@ class _StepScope:
             recorder._pending = []
             if error is None:
                 raise LogError(f"step {recorder.num_steps}: recorder.step() ended without optimizer.step(); nothing was logged")
+
+
+def _num_processes() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _held_parameters(optimizer: torch.optim.Optimizer) -> dict[Tensor, int]:

@@ -70,9 +70,52 @@ class Source:
     log_dtype: torch.dtype | None
 
 
-class Recording:
-    """Made in front of the first step, whose parameters become row 0 of a chunk; a log that is gone on with (`point`) is cut
-    then. Raises what the Recorder documents."""
+class Watch:
+    """A run watched by a process that does not write its log: modules, flags and fixed tensors. Made in front of the first
+    step; raises what the Recorder documents."""
+
+    def __init__(self, source: Source) -> None:
+        modules.refuse_unsupported(source.model)
+        self._params = source.params
+        self._modules = dict(source.model.named_modules())
+        self._flags = modules.training_flags(source.model)
+        self._fixed = _fixed_tensors(source.model, source.params)
+
+    def check(self, step: int) -> None:
+        """LogError where a flag or a fixed tensor is not what it was at the first step."""
+        for name, module in self._modules.items():
+            if module.training != self._flags[name]:
+                raise LogError(
+                    f"step {step}: module '{name}' ({type(module).__name__}) was in {_mode(self._flags[name])} mode at the "
+                    f"first step and is in {_mode(module.training)} mode now; one log holds one mode"
+                )
+        self._check_fixed(step)
+
+    def check_writer(self) -> None:
+        """LogError where the log could not be written."""
+
+    def add(self, step: Step, marks: Mapping[str, int]) -> None:
+        """The step just done."""
+
+    def put_marks(self, marks: Mapping[str, int]) -> None:
+        """Marks set since the last step."""
+
+    def finish(self, step: int, marks: Mapping[str, int], complete: bool) -> None:
+        """The end of the run."""
+        self._check_fixed(step, by_value=True)
+
+    def _check_fixed(self, step: int, by_value: bool = False) -> None:
+        for fixed in self._fixed:
+            if fixed.has_changed(by_value):
+                raise LogError(
+                    f"step {step}: {fixed.what} '{fixed.name}' changed since the first step; the log holds it once, "
+                    "so it must stay as it is"
+                )
+
+
+class Recording(Watch):
+    """A run whose log is written: the parameters at the first step become row 0 of a chunk; a log that is gone on with
+    (`point`) is cut then."""
 
     def __init__(
         self,
@@ -83,11 +126,7 @@ class Recording:
         point: resumption.Point | None = None,
         marks: Mapping[str, int] | None = None,
     ) -> None:
-        modules.refuse_unsupported(source.model)
-        self._params = source.params
-        self._modules = dict(source.model.named_modules())
-        self._flags = modules.training_flags(source.model)
-        self._fixed = _fixed_tensors(source.model, source.params)
+        super().__init__(source)
         header = _header(source, self._fixed)
         if point is not None:
             point.check_params(source.params)
@@ -118,14 +157,16 @@ class Recording:
 
     def check(self, step: int) -> None:
         """LogError where the flags, a fixed tensor or a parameter is not what it was after the step before."""
-        for name, module in self._modules.items():
-            if module.training != self._flags[name]:
-                raise LogError(
-                    f"step {step}: module '{name}' ({type(module).__name__}) was in {_mode(self._flags[name])} mode at the "
-                    f"first step and is in {_mode(module.training)} mode now; one log holds one mode"
-                )
-        self._check_fixed(step)
+        super().check(step)
         self._check_params(step)
+
+    def check_writer(self) -> None:
+        """LogError where the log could not be written."""
+        self.writer.check()
+
+    def put_marks(self, marks: Mapping[str, int]) -> None:
+        """Marks set since the last step, into the manifest."""
+        self.writer.put_marks(marks)
 
     def add(self, step: Step, marks: Mapping[str, int]) -> None:
         """The step just done; waits only where every buffer is full."""
@@ -175,14 +216,6 @@ class Recording:
         # pinning takes a CUDA context, and in the writer's thread that would be device 0
         with torch.cuda.device(self._device) if self._rows.pinned else nullcontext():
             return ChunkBuffer(self._header, capacity, self._rows.pinned)
-
-    def _check_fixed(self, step: int, by_value: bool = False) -> None:
-        for fixed in self._fixed:
-            if fixed.has_changed(by_value):
-                raise LogError(
-                    f"step {step}: {fixed.what} '{fixed.name}' changed since the first step; the log holds it once, "
-                    "so it must stay as it is"
-                )
 
     def _check_params(self, step: int) -> None:
         for name, p in self._params.items():
