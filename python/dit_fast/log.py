@@ -22,12 +22,20 @@ consecutive steps and stands alone, k being the manifest's `every`:
 The manifest names every finished chunk with its sha256 and carries its own, over its canonical JSON without that key.
 Files are written aside, fsynced and renamed, so that a reader sees whole files or none; what the manifest does not name
 is ignored.
+
+A log that was gone on with (`resume=True`) is first cut after the step it goes on from. What is kept of the chunk that holds
+this step is written beside it under a name of a new generation, `chunk-NNNNNN.G.safetensors`; then the manifest is switched
+to it; then what the manifest names no more is deleted. Chunks that follow are of that generation too. So at every moment
+there is one whole log, the one before or the one after.
+
+While a Recorder lives it holds an advisory lock on the file `.lock` of the directory (directory.py), which readers ignore.
 """
 
 import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -41,12 +49,12 @@ import torch
 from torch import Tensor
 
 from dit_fast import optimizers
-from dit_fast.errors import LogError
 from dit_fast.optimizers import Clip, Rule
 
 FORMAT, VERSION = "dit_fast log", 1
 MANIFEST, CONSTANTS = "manifest.json", "constants.safetensors"
 
+_CHUNK = re.compile(r"chunk-([0-9]{6,})(?:\.([1-9][0-9]*))?\.safetensors")
 # pieces small enough to be hashed and written out of the cache
 _PIECE = 4 << 20
 _CODES = {
@@ -224,32 +232,34 @@ def first_nonfinite(rows: Tensor) -> tuple[int, int] | None:
     return None
 
 
-def claim_directory(path: Path, overwrite: bool) -> None:
-    """Make the directory; LogError where it holds a log, or delete that log and nothing else."""
-    patterns = (MANIFEST, "chunk-??????.safetensors", CONSTANTS)
-    names = [*patterns, *(f".{pattern}.partial" for pattern in patterns)]
-    try:
-        files = [file for name in names for file in sorted(path.glob(name))]
-        if files and not overwrite:
-            raise LogError(f"{path} holds a log already; choose another path, or pass overwrite=True to delete that log")
-        path.mkdir(parents=True, exist_ok=True)
-        for file in files:  # the manifest first: without it the rest is no log
-            file.unlink()
-    except OSError as error:
-        raise LogError(f"cannot write a log at {path}: {error.strerror or error}") from error
-
-
 class LogWriter:
     """Writes a log chunk by chunk; whatever is on disk at any moment is a whole log. Raises OSError."""
 
     def __init__(self, path: Path, header: Header) -> None:
-        self.path = path
-        self._chunks: list[dict[str, Any]] = []
-        self._header = header
         constants = safetensors.torch.save({n: v.contiguous() for n, v in (header.constants or {}).items()})
         digest, _ = _write_file(path / CONSTANTS, [constants])
-        self._head = manifest_head(header, digest)
+        self._begin(path, header, manifest_head(header, digest), [], generation=0)
         self.update({}, complete=False)
+
+    @classmethod
+    def resume(cls, path: Path, header: Header, manifest: Mapping[str, Any], num_chunks: int, generation: int) -> "LogWriter":
+        """Goes on after the first chunks of the log with this manifest, writing chunks of this generation.
+
+        Nothing is written before the next `add_chunk` or `update`.
+        """
+        head = {name: value for name, value in manifest.items() if name not in ("marks", "chunks", "complete", "sha256")}
+        writer = cls.__new__(cls)
+        writer._begin(path, header, head, list(manifest["chunks"][:num_chunks]), generation)
+        return writer
+
+    def _begin(self, path: Path, header: Header, head: dict[str, Any], chunks: list[dict[str, Any]], generation: int) -> None:
+        self.path, self._header, self._head = path, header, head
+        self._chunks, self._generation = chunks, generation
+
+    @property
+    def files(self) -> set[str]:
+        """Names of the log's files."""
+        return {MANIFEST, CONSTANTS, *(chunk["file"] for chunk in self._chunks)}
 
     @property
     def num_steps(self) -> int:
@@ -282,7 +292,7 @@ class LogWriter:
             for i, leaf in enumerate(zip(*(batch for step in steps for batch in step.batches), strict=True)):
                 tensors[f"batch_{i}"] = torch.cat([tensor.reshape(-1) for tensor in leaf])
                 tensors[f"batch_{i}_shapes"] = torch.tensor([tensor.shape for tensor in leaf], dtype=torch.int64)
-        file = chunk_name(len(self._chunks))
+        file = chunk_name(len(self._chunks), self._generation)
         digest, size = _write_file(self.path / file, _safetensors(tensors))
         row = {"file": file, "start": self.num_steps, "steps": len(steps), "sha256": digest, "bytes": size}
         self._chunks.append(row | {"max_id": int(tensors["batch_ids"].max())})
@@ -370,9 +380,15 @@ def safetensors_head(tensors: Mapping[str, tuple[torch.dtype, list[int]]]) -> by
     return len(head).to_bytes(8, "little") + head
 
 
-def chunk_name(number: int) -> str:
-    """The file of chunk `number`, counted from 0."""
-    return f"chunk-{number:06d}.safetensors"
+def chunk_name(number: int, generation: int = 0) -> str:
+    """The file of chunk `number`, counted from 0; generation 0 is that of a log never resumed."""
+    return f"chunk-{number:06d}{f'.{generation}' if generation else ''}.safetensors"
+
+
+def chunk_number(file: str) -> tuple[int, int] | None:
+    """(number, generation) of a chunk's file; None for any other name."""
+    match = _CHUNK.fullmatch(file)
+    return None if match is None else (int(match[1]), int(match[2] or 0))
 
 
 def canonical_digest(body: Mapping[str, Any]) -> str:

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import math
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -22,10 +23,11 @@ from dit_fast.log import (
     FORMAT,
     MANIFEST,
     VERSION,
+    Chunk,
     Header,
     Step,
     canonical_digest,
-    chunk_name,
+    chunk_number,
     first_nonfinite,
     update_counts,
 )
@@ -52,6 +54,8 @@ class LogReader:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, safetensors.SafetensorError) as error:
             raise LogError(f"{self.path / MANIFEST} is not a manifest of this format: {error!r}") from error
+        self.manifest = data
+        self._starts = [chunk.start for chunk in self._chunks]
         self._digest: str = data["sha256"]
         largest = max((chunk.max_id for chunk in self._chunks), default=-1)
         self.num_samples = self.header.num_samples if self.header.num_samples is not None else largest + 1
@@ -116,6 +120,33 @@ class LogReader:
         for chunk in self._chunks:
             self._chunk(chunk.start)
 
+    def rows_from_end(self) -> Iterator[tuple[list[int], Tensor]]:
+        """(steps, rows [n, P] before them) of every chunk, the last chunk first; memory-mapped, without checking the values."""
+        for row in reversed(self._chunks):
+            try:
+                with safe_open(self.path / row.file, framework="pt") as tensors:
+                    rows = tensors.get_tensor("params")
+            except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+                raise LogError(f"{self._where(row)} is damaged: {error}") from error
+            expected = self.header.row_dtype, (self.header.num_rows(row.steps), self.header.row_size)
+            if (rows.dtype, tuple(rows.shape)) != expected:
+                raise LogError(f"{self._where(row)} is damaged: its parameters are {rows.dtype} {tuple(rows.shape)}")
+            yield [*range(row.start, row.stop, self.header.every), row.stop], rows
+
+    def beginning(self, step: int) -> tuple[int, Chunk | None]:
+        """The log's first `step` steps, θ[step] stored: how many whole chunks, and what is left, the beginning of the next."""
+        number = bisect_right(self._starts, step) - 1
+        if step == self.num_steps or step == self._starts[number]:
+            return (len(self._chunks) if step == self.num_steps else number), None
+        chunk, every = self._chunk(step), self.header.every
+        keep = step - chunk.row.start
+        segments = self.header.num_segments(keep)
+        counts = chunk.counts[:keep][:: every if every > 1 else keep]
+        return number, Chunk(chunk.steps[:keep], chunk.rows[: self.header.num_rows(keep)], chunk.state[:segments], counts)
+
+    def _where(self, row: "_ChunkRow") -> str:
+        return f"{self.path / row.file} (steps {row.start}–{row.stop - 1})"
+
     def _parse_header(self, data: Mapping[str, Any]) -> Header:
         rows, optimizer = data["parameters"], optimizers.from_json(data["optimizer"])
         names = [list(rule.setting_names) for rule in optimizer]
@@ -146,12 +177,12 @@ class LogReader:
         stop = 0
         for number, row in enumerate(self._chunks):
             file = self.path / row.file
-            if row.file != chunk_name(number) or row.start != stop or row.steps < 1:
+            if (chunk_number(row.file) or (None,))[0] != number or row.start != stop or row.steps < 1:
                 raise LogError(
                     f"{self.path / MANIFEST}: a gap at step {stop}: the next chunk is {row.file} from step {row.start}"
                 )
             if not file.is_file():
-                raise LogError(f"{file} (steps {row.start}–{row.stop - 1}) is missing; restore it from a copy")
+                raise LogError(f"{self._where(row)} is missing; restore it from a copy")
             stop = row.stop
         beyond = [name for name, step in self.marks.items() if not 0 <= step <= stop]
         if beyond and self.complete:
@@ -160,12 +191,12 @@ class LogReader:
             del self.marks[name]
 
     def _chunk(self, t: int) -> "_OpenChunk":
-        number = next(i for i, row in _around(self._chunks, t) if row.start <= t < row.stop)
+        number = bisect_right(self._starts, t) - 1
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
         row = self._chunks[number]
-        where = f"{self.path / row.file} (steps {row.start}–{row.stop - 1})"
+        where = self._where(row)
         if number not in self._trusted and _file_digest(self.path / row.file) != row.sha256:
             raise LogError(f"{where} is damaged: its sha256 is not the manifest's; restore the file from a copy")
         chunk = _OpenChunk(self.path / row.file, row, self.header, where)
@@ -299,13 +330,6 @@ def _stored_batches(data: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:
         pieces = flat.split([math.prod(shape) for shape in shapes])
         columns.append([piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)])
     return list(zip(*columns, strict=True))
-
-
-def _around(chunks: list[_ChunkRow], t: int) -> Iterable[tuple[int, _ChunkRow]]:
-    """The chunks, beginning with the one that holds step t if all but the last are of one size."""
-    guess = min(t // chunks[0].steps, len(chunks) - 1)
-    yield guess, chunks[guess]
-    yield from enumerate(chunks)
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:

@@ -21,6 +21,30 @@ def inner_module(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def data_parallel_wrapper(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """The DistributedDataParallel among the wrappers that `inner_module` takes off."""
+    while not isinstance(model, nn.parallel.DistributedDataParallel):
+        inner = model.module if isinstance(model, nn.DataParallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return None
+        model = inner
+    return model
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise UnsupportedError for models whose parameters are spread over processes; by name, so that nothing is imported."""
+    for name, module in model.named_modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__} & {"FullyShardedDataParallel", "FSDPModule"}
+        if kinds:
+            raise UnsupportedError(
+                f"module '{name}' is sharded by FSDP ({kinds.pop()}): no process holds its parameters whole; "
+                "use DistributedDataParallel"
+            )
+    for name, p in model.named_parameters():
+        if type(p).__name__ == "DTensor" or type(p.data).__name__ == "DTensor":
+            raise UnsupportedError(f"parameter '{name}' is a DTensor, spread over processes; use DistributedDataParallel")
+
+
 def trainable_parameters(model: nn.Module, optimized: Iterable[torch.Tensor] | None = None) -> dict[str, nn.Parameter]:
     """name → parameter, tied parameters once under their first name; only those in `optimized` where it is given."""
     wanted = None if optimized is None else {id(p) for p in optimized}

@@ -13,15 +13,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dit_fast import modules, optimizers
+from dit_fast import directory, modules, optimizers, resumption
 from dit_fast.byte_sizes import parse_bytes
 from dit_fast.data import as_ids
 from dit_fast.errors import LogError, UnsupportedError
-from dit_fast.log import Step, as_doubles, as_tree, claim_directory
+from dit_fast.log import Step, as_doubles, as_tree
+from dit_fast.log_reader import LogReader
 from dit_fast.log_size import LOG_DTYPES, DiskBudget
-from dit_fast.recording import Recording, Source
+from dit_fast.ranks import Ranks
+from dit_fast.recording import Recording, Source, Watch, header_of
 
 _recorded_optimizers: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
+_recorders: "weakref.WeakSet[Recorder]" = weakref.WeakSet()
 _recorded_paths: set[Path] = set()
 
 
@@ -39,7 +42,8 @@ class Recorder:
     before. `with recorder.step(ids)` names one batch and checks that exactly one step follows; for gradient accumulation
     call `batch(ids, scale=1/M)` once per backward and then optimizer.step(), by itself or within `with recorder.step():`.
 
-    path: a directory, made if need be. An existing log there is refused; overwrite=True deletes it (its own files only).
+    path: a directory, made if need be. An existing log there is refused; overwrite=True deletes it (its own files only),
+        resume=True goes on with it. A file `.lock` in it keeps other processes from writing there at the same time.
     model: its trainable parameters that `optimizer` holds are logged, float32 or float64, on the CPU or one GPU. Its
         buffers are logged once, of its other parameters a hash; both must stay as they are.
     optimizer: torch.optim.SGD, Adam or AdamW, any number of parameter groups, any schedule of their settings.
@@ -61,6 +65,16 @@ class Recorder:
         queue_chunks + 1 buffers, pinned where the parameters are on a GPU. Where waiting takes more than a tenth of the run,
         one RuntimeWarning names the MB/s needed, those reached and an `every` that would do.
     overwrite: see path.
+    resume: go on with the log at path, where there is one (else a new one begins). Load model and optimizer from a checkpoint
+        first: the Recorder finds the last logged step that has the model's parameters bit for bit (`num_steps` is then this
+        step), and with the first step, or with close(), cuts the log after it. LogError where there is no such step (a killed
+        run's log ends with its last finished chunk, so the checkpoint may have to be an older one), where the optimizer's
+        state is not that of the step, or where the log is of another model, kind of optimizer or options.
+
+    Under DistributedDataParallel every process makes a Recorder, and names the samples of its own batches; the process of
+    rank 0 writes and is the only one to touch path. What is named is gathered in front of each optimizer.step(), coefficients
+    are divided by the number of processes, as the gradients are, and each process's batches stay micro-batches of their own,
+    in the order of ranks. An error in one process is raised in all. FSDP is refused, and so is a second optimizer on a model.
 
     Nothing of the training is touched: no random numbers, gradients, flags. What score() would refuse is refused at the
     first step: UnsupportedError for models and optimizers, ValueError and TypeError for arguments, LogError for what
@@ -87,9 +101,12 @@ class Recorder:
         chunk_bytes: int = 64 << 20,
         queue_chunks: int = 2,
         overwrite: bool = False,
+        resume: bool = False,
     ) -> None:
         if reduction not in ("mean", "sum"):
             raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
+        if overwrite and resume:
+            raise ValueError("resume=True goes on with a log and overwrite=True deletes it; give one of them")
         self._every, self._disk_budget = _read_every(every, disk_budget, total_steps)
         sizes = {"chunk_bytes": chunk_bytes, "queue_chunks": queue_chunks, "num_samples": num_samples, "every": self._every}
         sizes["total_steps"] = total_steps
@@ -105,8 +122,12 @@ class Recorder:
         self._rules = optimizers.from_torch(optimizer)
         if optimizer in _recorded_optimizers:
             raise LogError("this optimizer is being recorded already; close() the other Recorder first")
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise UnsupportedError("training in several processes cannot be logged yet")
+        modules.refuse_sharded(model)
+        self._ranks = Ranks(modules.data_parallel_wrapper(model))
+        if self._ranks.size == 1 and _num_processes() > 1:
+            raise UnsupportedError(
+                "training in several processes is logged where the model is in DistributedDataParallel alone"
+            )
         self._model, self._optimizer = modules.inner_module(model), optimizer
         self._reduction, self._num_samples = reduction, num_samples
         self._chunk_bytes, self._queue_chunks = chunk_bytes, queue_chunks
@@ -115,17 +136,24 @@ class Recorder:
         _check_parameters(self._model, self._params, self._held)
 
         self.path = Path(path)
-        if self.path.resolve() in _recorded_paths:
-            raise LogError(f"another Recorder writes to {path}; close() it first or choose another path")
-        claim_directory(self.path, overwrite)
-        self._num_steps = 0
         self._pending: list[_Named] = []
         self._rng: list[Tensor] = []
-        self._scope: _StepScope | None = None
-        self._settings: list[list[float]] | None = None
         self._stored_layout: Any = None
-        self._marks: dict[str, int] = {}
-        self._recording: Recording | None = None
+        self._claim: directory.Claim | None = None
+        self._point: resumption.Point | None = None
+        try:
+            places = self._ranks.gather(lambda: self._open(overwrite, resume))
+            if any(place.digests != places[0].digests for place in places):
+                raise LogError("the model's parameters are not the same in all processes")
+        except BaseException:
+            self._release()
+            raise
+        self._num_steps, self._marks = places[0].step, dict(places[0].marks)
+        # a run that goes on may set again what it set just before it was stopped
+        self._repeatable = {name for name, step in self._marks.items() if step == self._num_steps}
+        self._scope: _StepScope | None = None
+        self._parts: list[_Part] | None = None
+        self._recording: Watch | None = None
         self._pid, self._closed = os.getpid(), False
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
@@ -133,7 +161,7 @@ class Recorder:
             self._model.register_forward_pre_hook(self._before_forward),
         ]
         _recorded_optimizers.add(optimizer)
-        _recorded_paths.add(self.path.resolve())
+        _recorders.add(self)
         self._at_exit = _closer(weakref.ref(self))
         atexit.register(self._at_exit)
 
@@ -174,11 +202,11 @@ class Recorder:
         self._check_open()
         if not isinstance(name, str) or not name:
             raise TypeError(f"a mark's name must be a non-empty string, got {name!r}")
-        if name in self._marks:
+        if name in self._marks and not (name in self._repeatable and self._marks[name] == self._num_steps):
             raise ValueError(f"mark '{name}' was set before, at step {self._marks[name]}; names must differ")
         self._marks[name] = self._num_steps
         if self._recording is not None:
-            self._recording.writer.put_marks(self._marks)
+            self._recording.put_marks(self._marks)
 
     def close(self) -> None:
         """Write what is left and end the log; LogError if parameters changed since the last step or the disk failed."""
@@ -256,41 +284,109 @@ class Recorder:
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._elsewhere():
             return
-        step, recording = self._num_steps, self._recording
-        if recording is not None:
-            recording.writer.check()
-        self._settings = None
-        if self._scope is not None and self._scope.done:
-            raise LogError(f"step {step}: a second optimizer.step() within one recorder.step()")
+        self._parts = None
         # a closure computes the gradients within the step, and may name its batches there
         has_closure = any(callable(arg) for arg in (*args[1:], *kwargs.values()))
+        parts = self._ranks.gather(lambda: self._prepare(has_closure))
+        if any((part.settings, part.absent) != (parts[0].settings, parts[0].absent) for part in parts):
+            raise LogError(f"step {self._num_steps}: the optimizer's settings or gradients are not the same in all processes")
+        self._parts = parts
+
+    def _prepare(self, has_closure: bool) -> "_Part":
+        """Check everything in front of a step, and say what this process adds to it."""
+        step, recording, absent = self._num_steps, self._recording, None
+        if recording is not None:
+            recording.check_writer()
+        if self._scope is not None and self._scope.done:
+            raise LogError(f"step {step}: a second optimizer.step() within one recorder.step()")
         if not has_closure:
             self._check_named()
-            self._check_gradients()
+            absent = self._check_gradients()
+        elif self._ranks.size > 1:
+            raise UnsupportedError(f"step {step}: optimizer.step(closure) is not supported under DistributedDataParallel")
         self._check_optimizer()
-        if recording is None:
-            self._recording = Recording(self.path, self._source(), self._chunk_bytes, self._queue_chunks)
-        else:
+        if recording is not None:
             recording.check(step)
-        self._settings = optimizers.group_settings(optimizer, self._rules)
+        elif self._ranks.writes:
+            self._recording = Recording(
+                self.path, self._source(), self._chunk_bytes, self._queue_chunks, self._point, self._marks
+            )
+        else:
+            self._recording = Watch(self._source())
+        return _Part(self._pending, tuple(self._rng), optimizers.group_settings(self._optimizer, self._rules), absent)
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        settings, self._settings = self._settings, None
-        if self._elsewhere() or settings is None or self._recording is None:
+        parts, self._parts = self._parts, None
+        if self._elsewhere() or parts is None or self._recording is None:
             return
         self._check_named()
         absent = self._check_gradients()
-        ids = torch.cat([named.ids for named in self._pending])
-        coefficients = torch.cat([named.coefficients for named in self._pending])
-        sizes = tuple(len(named.ids) for named in self._pending)
-        batches = tuple(named.stored.tensors for named in self._pending if named.stored is not None)
-        rng, self._rng, self._pending = tuple(self._rng), [], []
+        size, own, own_rng = self._ranks.size, self._pending, tuple(self._rng)
+        pending = own if size == 1 else [named for part in parts for named in part.batches]
+        rng = own_rng if size == 1 else tuple(state for part in parts for state in part.rng)
+        self._pending, self._rng = [], []
         if bool(rng) != self._recording.has_dropout:
             raise UnsupportedError(f"step {self._num_steps}: dropout must be active in all steps of a log or in none")
+        # DistributedDataParallel takes the mean of the processes' gradients
+        coefficients = torch.cat([named.coefficients for named in pending]) / size
+        sizes = tuple(len(named.ids) for named in pending)
+        batches = tuple(named.stored.tensors for named in pending if named.stored is not None)
+        step = Step(torch.cat([named.ids for named in pending]), coefficients, sizes, parts[0].settings, absent, rng, batches)
         if self._scope is not None:
             self._scope.done = True
-        self._recording.add(Step(ids, coefficients, sizes, settings, absent, rng, batches), self._marks)
+        self._recording.add(step, self._marks)
         self._num_steps += 1
+
+    def _open(self, overwrite: bool, resume: bool) -> "_Place":
+        """Claim the path and find where to go on, in the process that writes; what must be the same in all of them."""
+        for other in _recorders:
+            shares = set(self._held) & set(other._model.parameters()) or set(other._held) & set(self._model.parameters())
+            if not other._closed and shares and self.path.resolve() != other.path.resolve():
+                raise UnsupportedError(
+                    f"more than one optimizer on one model is not supported: its parameters are being recorded to {other.path}"
+                )
+        if self._ranks.writes:
+            if self.path.resolve() in _recorded_paths:
+                raise LogError(f"another Recorder writes to {self.path}; close() it first or choose another path")
+            self._claim = directory.Claim(self.path)
+            _recorded_paths.add(self.path.resolve())
+            if directory.prepare(self.path, overwrite, resume):
+                self._point = self._find_point()
+        if self._point is not None:
+            self._rules = self._point.log.header.optimizer
+        digests = None
+        if self._ranks.size > 1:
+            digests = {name: modules.tensor_digest(p) for name, p in self._params.items()}
+        if self._point is None:
+            return _Place(0, {}, digests)
+        return _Place(self._point.step, self._point.marks(), digests)
+
+    def _release(self) -> None:
+        """Give the directory back."""
+        if self._claim is not None:
+            _recorded_paths.discard(self.path.resolve())
+            self._claim.release()
+            self._claim = None
+
+    def _find_point(self) -> resumption.Point | None:
+        """Where the log at `path` is gone on from; None for a log without steps, which is deleted."""
+        log = LogReader(self.path)
+        if not log.num_steps:
+            directory.prepare(self.path, overwrite=True, resume=False)
+            return None
+        if self._every is None:  # "auto": as it was chosen when the run began
+            self._every, self._disk_budget = log.header.every, None
+        resumption.check_same(log, header_of(self._source()), with_flags=False)
+        return resumption.find_point(log, self._params, self._optimizer)
+
+    def _cut(self) -> None:
+        """End a log that was gone on with at the step where the model stands, no step having followed."""
+        assert self._point is not None
+        self._point.check_params(self._params)
+        try:
+            resumption.cut(self._point, self._marks).update(self._marks, complete=True)
+        except OSError as error:
+            raise LogError(f"cannot write the log at {self.path}: {error.strerror or error}") from error
 
     def _source(self) -> Source:
         groups = {name: self._held[p] for name, p in self._params.items()}
@@ -345,7 +441,7 @@ class Recorder:
         if self._closed:
             raise LogError(f"the Recorder of {self.path} is closed")
         if self._recording is not None:
-            self._recording.writer.check()
+            self._recording.check_writer()
 
     def _elsewhere(self) -> bool:
         return self._closed or os.getpid() != self._pid
@@ -358,9 +454,33 @@ class Recorder:
             hook.remove()
         atexit.unregister(self._at_exit)
         _recorded_optimizers.discard(self._optimizer)
-        _recorded_paths.discard(self.path.resolve())
-        if self._recording is not None:
-            self._recording.finish(self._num_steps, self._marks, complete)
+        _recorders.discard(self)
+        try:
+            if self._recording is not None:
+                self._recording.finish(self._num_steps, self._marks, complete)
+            elif self._point is not None and complete:
+                self._cut()
+        finally:
+            self._release()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one process adds to a step; absent is None where a closure has yet to compute the gradients."""
+
+    batches: list["_Named"]
+    rng: tuple[Tensor, ...]
+    settings: list[list[float]]
+    absent: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a process begins: the steps and marks of the log it goes on with, and digests of its parameters."""
+
+    step: int
+    marks: dict[str, int]
+    digests: dict[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -430,6 +550,11 @@ def _read_every(every: Any, disk_budget: Any, total_steps: Any) -> tuple[int | N
     if disk_budget is None or total_steps is None:
         raise ValueError('every="auto" needs disk_budget (bytes or "2GiB") and total_steps, the number of steps of the run')
     return None, parse_bytes(disk_budget, "disk_budget")
+
+
+def _num_processes() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _held_parameters(optimizer: torch.optim.Optimizer) -> dict[Tensor, int]:

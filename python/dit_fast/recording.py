@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_fast import modules
+from dit_fast import modules, resumption
 from dit_fast.background import (
     BackgroundWriter,
     ChunkBuffer,
@@ -72,43 +72,82 @@ class Source:
     disk_budget: DiskBudget | None = None
 
 
-class Recording:
-    """Made in front of the first step, whose parameters become row 0. Raises what the Recorder documents."""
+class Watch:
+    """A run watched by a process that does not write its log: modules, flags and fixed tensors. Made in front of the first
+    step; raises what the Recorder documents."""
 
-    def __init__(self, path: Path, source: Source, chunk_bytes: int, queue_chunks: int) -> None:
+    def __init__(self, source: Source) -> None:
         modules.refuse_unsupported(source.model, masks_are_logged=source.has_dropout)
+        self.every, self.has_dropout = source.every, source.has_dropout
         self._params = source.params
         self._modules = dict(source.model.named_modules())
         self._flags = modules.training_flags(source.model)
         self._fixed = _fixed_tensors(source.model, source.params)
-        header = Header(
-            parameters={name: (p.shape, p.dtype) for name, p in source.params.items()},
-            groups=source.groups,
-            optimizer=source.rules,
-            num_samples=source.num_samples,
-            training_flags=self._flags,
-            constants={f.name: f.value for f in self._fixed if f.value is not None},
-            frozen_digests={f.name: f.digest for f in self._fixed if f.value is None},
-            reduction=source.reduction,
-            clip=source.clip,
-            every=source.every,
-            log_dtype=source.log_dtype,
-            rng=next(iter(source.params.values())).device.type if source.has_dropout else None,
-            batch_tree=source.batch_tree,
-        )
+
+    def check(self, step: int) -> None:
+        """LogError where a flag or a fixed tensor is not what it was at the first step."""
+        for name, module in self._modules.items():
+            if module.training != self._flags[name]:
+                raise LogError(
+                    f"step {step}: module '{name}' ({type(module).__name__}) was in {_mode(self._flags[name])} mode at the "
+                    f"first step and is in {_mode(module.training)} mode now; one log holds one mode"
+                )
+        self._check_fixed(step)
+
+    def check_writer(self) -> None:
+        """LogError where the log could not be written."""
+
+    def add(self, step: Step, marks: Mapping[str, int]) -> None:
+        """The step just done."""
+
+    def put_marks(self, marks: Mapping[str, int]) -> None:
+        """Marks set since the last step."""
+
+    def finish(self, step: int, marks: Mapping[str, int], complete: bool) -> None:
+        """The end of the run."""
+        self._check_fixed(step, by_value=True)
+
+    def _check_fixed(self, step: int, by_value: bool = False) -> None:
+        for fixed in self._fixed:
+            if fixed.has_changed(by_value):
+                raise LogError(
+                    f"step {step}: {fixed.what} '{fixed.name}' changed since the first step; the log holds it once, "
+                    "so it must stay as it is"
+                )
+
+
+class Recording(Watch):
+    """A run whose log is written: the parameters at the first step become row 0 of a chunk; a log that is gone on with
+    (`point`) is cut then."""
+
+    def __init__(
+        self,
+        path: Path,
+        source: Source,
+        chunk_bytes: int,
+        queue_chunks: int,
+        point: resumption.Point | None = None,
+        marks: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(source)
+        header = _header(source, self._fixed)
         if source.disk_budget is not None:
             header = replace(header, every=choose_every(header, source.disk_budget, chunk_bytes))
+        if point is not None:
+            point.check_params(source.params)
+            resumption.check_same(point.log, header, with_flags=True)
+            header = point.log.header
         self._header, self.every = header, header.every
-        self._optimizer, self.has_dropout = source.optimizer, source.has_dropout
-        self._counts = self._first_counts()
+        self._optimizer = source.optimizer
+        self._counts = resumption.update_counts(source.params, source.optimizer) if point is None else point.counts
         self._device = _common_device(source.params)
         params = list(source.params.values())
         rows = self._rows = HostRows(header, params) if self._device.type == "cpu" else DeviceRows(header, params)
         capacity = steps_per_chunk(header, chunk_bytes)
-        if (path / MANIFEST).exists():
+        if point is None and (path / MANIFEST).exists():
             raise LogError(f"{path} holds a log by now: does another Recorder write there? choose another path")
         try:
-            log = LogWriter(path, header)
+            log = LogWriter(path, header) if point is None else resumption.cut(point, marks or {})
         except OSError as error:
             raise LogError(f"cannot write the log at {path}: {error.strerror or error}") from error
         # one buffer is being filled while the others are written or wait for it
@@ -124,14 +163,16 @@ class Recording:
     def check(self, step: int) -> None:
         """LogError where the flags, a fixed tensor or a parameter is not what it was after the step before."""
         self.writer.warn_if_slow()
-        for name, module in self._modules.items():
-            if module.training != self._flags[name]:
-                raise LogError(
-                    f"step {step}: module '{name}' ({type(module).__name__}) was in {_mode(self._flags[name])} mode at the "
-                    f"first step and is in {_mode(module.training)} mode now; one log holds one mode"
-                )
-        self._check_fixed(step)
+        super().check(step)
         self._check_params(step)
+
+    def check_writer(self) -> None:
+        """LogError where the log could not be written."""
+        self.writer.check()
+
+    def put_marks(self, marks: Mapping[str, int]) -> None:
+        """Marks set since the last step, into the manifest."""
+        self.writer.put_marks(marks)
 
     def add(self, step: Step, marks: Mapping[str, int]) -> None:
         """The step just done; waits only where every buffer is full."""
@@ -172,30 +213,15 @@ class Recording:
         """The optimizer's state and its counts as they are now begin a segment."""
         self._buffer.counts[segment] = self._counts
         if self._header.slots:
-            state = self._optimizer.state
-            slots = [[_slot(state, p, slot) for p in self._params.values()] for slot in self._header.slots]
+            slots = [
+                [resumption.slot_of(self._optimizer, p, slot) for p in self._params.values()] for slot in self._header.slots
+            ]
             self._rows.copy_state(self._buffer, segment, slots)
-
-    def _first_counts(self) -> Tensor:
-        """How often each parameter's state was updated before recording began; a momentum buffer counts once."""
-        counts = []
-        for p in self._params.values():
-            state = self._optimizer.state.get(p, {})
-            counts.append(int(state["step"]) if "step" in state else int(state.get("momentum_buffer") is not None))
-        return torch.tensor(counts, dtype=torch.int64)
 
     def _make_buffer(self, capacity: int) -> ChunkBuffer:
         # pinning takes a CUDA context, and in the writer's thread that would be device 0
         with torch.cuda.device(self._device) if self._rows.pinned else nullcontext():
             return ChunkBuffer(self._header, capacity, self._rows.pinned)
-
-    def _check_fixed(self, step: int, by_value: bool = False) -> None:
-        for fixed in self._fixed:
-            if fixed.has_changed(by_value):
-                raise LogError(
-                    f"step {step}: {fixed.what} '{fixed.name}' changed since the first step; the log holds it once, "
-                    "so it must stay as it is"
-                )
 
     def _check_params(self, step: int) -> None:
         for name, p in self._params.items():
@@ -209,10 +235,27 @@ class Recording:
             raise LogError(changed_message(step, name) if is_finite else nonfinite_message(step - 1, name))
 
 
-def _slot(state: Any, p: Tensor, slot: str) -> Tensor:
-    """The parameter's state tensor, zeros where torch has not made it yet."""
-    tensor = state.get(p, {}).get(slot)
-    return torch.zeros_like(p) if tensor is None else tensor
+def header_of(source: Source) -> Header:
+    """What is known of a run that starts as things are now."""
+    return _header(source, _fixed_tensors(source.model, source.params))
+
+
+def _header(source: Source, fixed: list[_Fixed]) -> Header:
+    return Header(
+        parameters={name: (p.shape, p.dtype) for name, p in source.params.items()},
+        groups=source.groups,
+        optimizer=source.rules,
+        num_samples=source.num_samples,
+        training_flags=modules.training_flags(source.model),
+        constants={f.name: f.value for f in fixed if f.value is not None},
+        frozen_digests={f.name: f.digest for f in fixed if f.value is None},
+        reduction=source.reduction,
+        clip=source.clip,
+        every=source.every,
+        log_dtype=source.log_dtype,
+        rng=next(iter(source.params.values())).device.type if source.has_dropout else None,
+        batch_tree=source.batch_tree,
+    )
 
 
 def _fixed_tensors(model: nn.Module, params: Mapping[str, nn.Parameter]) -> list[_Fixed]:
