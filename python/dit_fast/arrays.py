@@ -40,6 +40,10 @@ class Arrays:
     def params(self, t: int) -> dict[str, Tensor]:
         return {name: value[t] for name, value in self._params.items()}
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        pieces = [value[start:stop].flatten(1).to(self.header.row_dtype) for value in self._params.values()]
+        return torch.cat(pieces, 1)
+
     def step(self, t: int) -> Step:
         return self._steps[t]
 

@@ -6,6 +6,8 @@ float64, all of one dtype, except `dots` and `coefficients`, which are always fl
 dimension is contiguous, every other stride is free. Autograd does not see what the ops do.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +16,11 @@ from torch import Tensor
 import dit_fast._C as _C
 
 Operand = tuple[int, tuple[int, int]]
+
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh")
+LOSSES = ("cross_entropy", "bce_logits", "squared_error")
+CURVATURES = ("exact", "ggn", "none")
+SETTINGS = ("lr", "weight_decay", "momentum", "dampening", "nesterov", "first")
 
 _DTYPES = (torch.float32, torch.float64)
 _NO_OPERAND: Operand = (0, (0, 0))
@@ -86,6 +93,127 @@ def lowrank_update(weight: Tensor, bias: Tensor | None, coefficients: Tensor, de
     torch.autograd.graph.increment_version([weight] if bias is None else [weight, bias])
 
 
+@dataclass(frozen=True)
+class MlpLayer:
+    """h ↦ φ(h Wᵀ + b), W [outputs, inputs]; weight and bias are their positions in a flat row θ, bias None for none.
+
+    activation: one of ACTIVATIONS; slope: that of leaky_relu left of 0.
+    """
+
+    outputs: int
+    inputs: int
+    weight: int
+    bias: int | None
+    activation: str = "identity"
+    slope: float = 0.0
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A feed-forward net with its per-sample loss, `loss_scale` times one of LOSSES (csrc/loss.h)."""
+
+    layers: tuple[MlpLayer, ...]
+    loss: str
+    loss_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class MlpSteps:
+    """n consecutive steps of a log, all CPU tensors; floating ones of one dtype, `coefficients` and `settings` float64.
+
+    theta [n, P]: flat parameters before each step. x [M, I] and targets (classes [M] int64 for cross_entropy, else [M, O]):
+    the data. Step t used rows[offsets[t] : offsets[t+1]] of it, which are the samples `ids` with coefficients a; rows, ids,
+    offsets int64. settings [n, 2L, 6]: of the weight and the bias of each layer, in the order of SETTINGS.
+    """
+
+    theta: Tensor
+    x: Tensor
+    targets: Tensor
+    rows: Tensor
+    ids: Tensor
+    coefficients: Tensor
+    offsets: Tensor
+    settings: Tensor
+
+
+class MlpSweep:
+    """Steps of the adjoint sweep of a feed-forward net, all columns in one call; checked when made (csrc/mlp_sweep.h).
+
+    For every column k and step t, last to first, with c the cotangent of the batch gradient by the optimizer's rule,
+
+        scores[k, ids_b] −= a_b ⟨c_k, ∇ℓ_b⟩        u_k = u_k + wd c_k + H c_k
+
+    Args:
+        net: layers and loss; ℓ_b includes ½·l2·‖θ‖².
+        steps: what happened in the steps.
+        blocks: u, [K, O, I] per weight and [K, O] per bias (None for none), in the order of the layers; updated in place.
+        momenta: the same for the momentum buffers' cotangents; None where no step has momentum.
+        scores: [K, N] float64, accumulated into.
+        hessian: "exact", "ggn" or "none".
+
+    Raises:
+        TypeError: a tensor of the wrong dtype.
+        ValueError: a shape, a layout, an index out of range; the message names the argument.
+    """
+
+    def __init__(
+        self,
+        net: Mlp,
+        steps: MlpSteps,
+        blocks: Sequence[Tensor | None],
+        momenta: Sequence[Tensor | None] | None,
+        scores: Tensor,
+        *,
+        l2: float = 0.0,
+        hessian: str = "exact",
+    ) -> None:
+        _check_mlp(net, steps, blocks, momenta, scores)
+        specs = [
+            ((la.outputs, la.inputs, la.weight, -1 if la.bias is None else la.bias, ACTIVATIONS.index(la.activation)), la.slope)
+            for la in net.layers
+        ]
+        kinds = (LOSSES.index(net.loss), CURVATURES.index(hessian))
+        self._steps, self._kept = steps, (blocks, momenta, scores)
+        self._twice = steps.theta.dtype == torch.float64
+        self._model = (specs, kinds, net.loss_scale, l2)
+        self._x = (steps.x.data_ptr(), steps.x.stride(0)), steps.targets.data_ptr()
+        self._blocks = [0 if block is None else block.data_ptr() for block in blocks]
+        self._momenta = [0 if block is None else block.data_ptr() for block in momenta or ()]
+        self._scores = (scores.data_ptr(), scores.stride(0))
+
+    def run(self, start: int, stop: int, num_columns: int) -> int | None:
+        """Steps stop − 1 … start for the first `num_columns` columns; the step whose scores are not finite, None if all are."""
+        steps = self._steps
+        if not (0 <= start <= stop <= len(steps.theta) and 0 <= num_columns <= len(self._kept[2])):
+            raise ValueError(f"steps {start}..{stop} of {len(steps.theta)} or {num_columns} columns are out of range")
+        theta = (steps.theta.data_ptr() + start * steps.theta.stride(0) * steps.theta.element_size(), steps.theta.stride(0))
+        log = [
+            steps.rows.data_ptr(),
+            steps.ids.data_ptr(),
+            steps.coefficients.data_ptr(),
+            steps.offsets.data_ptr() + 8 * start,
+            steps.settings.data_ptr() + 8 * start * steps.settings.stride(0),
+        ]
+        specs, kinds, scale, l2 = self._model
+        bad = _C.mlp_sweep_cpu(
+            self._twice,
+            specs,
+            kinds,
+            scale,
+            l2,
+            num_columns,
+            stop - start,
+            theta,
+            *self._x,
+            log,
+            self._blocks,
+            self._momenta,
+            self._scores,
+            torch.get_num_threads(),
+        )
+        return None if bad < 0 else start + int(bad)
+
+
 def build_info() -> dict[str, Any]:
     """What was compiled and what is used: version, compilers, CUDA, BLAS, OpenMP, torch."""
     return {
@@ -107,6 +235,74 @@ def use_blas(allowed: bool) -> bool:
     A switch for the whole process, for tests and for the day when torch hides its BLAS.
     """
     return bool(_C.use_blas(allowed))
+
+
+def _check_mlp(
+    net: Mlp, steps: MlpSteps, blocks: Sequence[Tensor | None], momenta: Sequence[Tensor | None] | None, scores: Tensor
+) -> None:
+    K, n, num_layers = len(scores), len(steps.theta), len(net.layers)
+    if not num_layers or any(a.outputs != b.inputs for a, b in zip(net.layers, net.layers[1:], strict=False)):
+        raise ValueError("layers must be at least one, each with as many inputs as the one before has outputs")
+    wanted = steps.theta.dtype
+    if wanted not in _DTYPES:
+        raise TypeError(f"theta must be float32 or float64, got {_short(wanted)}")
+    outputs, samples = net.layers[-1].outputs, len(steps.x)
+    labelled = net.loss == "cross_entropy"
+    B = len(steps.rows)
+    for name, tensor, dtype, shape in (
+        ("x", steps.x, wanted, (samples, net.layers[0].inputs)),
+        ("targets", steps.targets, torch.int64 if labelled else wanted, (samples,) if labelled else (samples, outputs)),
+        ("rows", steps.rows, torch.int64, (B,)),
+        ("ids", steps.ids, torch.int64, (B,)),
+        ("coefficients", steps.coefficients, torch.float64, (B,)),
+        ("offsets", steps.offsets, torch.int64, (n + 1,)),
+        ("settings", steps.settings, torch.float64, (n, 2 * num_layers, len(SETTINGS))),
+        ("scores", scores, torch.float64, (K, scores.shape[1])),
+        ("theta", steps.theta, wanted, (n, steps.theta.shape[1])),
+        *_mlp_blocks(net, "blocks", blocks, K, wanted),
+        *(_mlp_blocks(net, "momenta", momenta, K, wanted) if momenta is not None else ()),
+    ):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {_short(dtype)}, got {_short(tensor.dtype)}")
+        rows_alone = name in ("x", "theta", "scores") and tensor.shape[1] > 0 and tensor.stride(1) == 1
+        if tensor.device.type != "cpu" or not (tensor.is_contiguous() or (rows_alone and tensor.stride(0) >= tensor.shape[1])):
+            raise ValueError(f"{name} must be contiguous and on the CPU")
+    _check_range("rows", steps.rows, samples)
+    _check_range("ids", steps.ids, scores.shape[1])
+    if labelled:
+        _check_range("targets", steps.targets, outputs)
+    if int(steps.offsets[0]) != 0 or int(steps.offsets[-1]) != B or bool((steps.offsets.diff() < 0).any()):
+        raise ValueError(f"offsets must rise from 0 to the number of rows, {B}")
+    if momenta is None and bool(steps.settings[..., SETTINGS.index("momentum")].any()):
+        raise ValueError("momenta must be given where a step has momentum")
+    for layer in net.layers:
+        ends = [layer.weight + layer.outputs * layer.inputs, 0 if layer.bias is None else layer.bias + layer.outputs]
+        if max(ends) > steps.theta.shape[1] or layer.weight < 0 or (layer.bias or 0) < 0:
+            raise ValueError(f"a layer's parameters end at {max(ends)}, beyond the row of {steps.theta.shape[1]}")
+
+
+def _mlp_blocks(
+    net: Mlp, what: str, blocks: Sequence[Tensor | None], K: int, dtype: torch.dtype
+) -> list[tuple[str, Tensor, torch.dtype, tuple[int, ...]]]:
+    if len(blocks) != 2 * len(net.layers):
+        raise ValueError(f"{what} must hold a weight's and a bias's block per layer, {2 * len(net.layers)}, got {len(blocks)}")
+    wanted: list[tuple[str, Tensor, torch.dtype, tuple[int, ...]]] = []
+    for i, (layer, block) in enumerate(zip((la for la in net.layers for _ in range(2)), blocks, strict=True)):
+        if (block is None) != (i % 2 == 1 and layer.bias is None):
+            raise ValueError(f"{what}[{i}] must be {'None' if block is not None else 'a tensor'}")
+        if block is not None:
+            shape = (K, layer.outputs) if i % 2 else (K, layer.outputs, layer.inputs)
+            wanted.append((f"{what}[{i}]", block, dtype, shape))
+    return wanted
+
+
+def _check_range(name: str, values: Tensor, end: int) -> None:
+    if values.numel():
+        low, high = (int(v) for v in values.aminmax())
+        if low < 0 or high >= end:
+            raise ValueError(f"{name} must lie in 0..{end - 1}, got {low}..{high}")
 
 
 def _sizes(delta: Tensor, activations: Tensor, weight: Tensor) -> tuple[int, int, int, int, int]:

@@ -1,24 +1,27 @@
 """score(): validates, guards, sweeps once, assembles."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_fast import factors, plan, queries
+from dit_fast import factors, native, plan, queries
 from dit_fast.guard import check_problem
 from dit_fast.linearize import HESSIANS, Hessian, choose_mode, linearize
 from dit_fast.problem import Batch, Evaluator, Params, Problem
 from dit_fast.progress import progress_bar
 from dit_fast.queries import Query
+from dit_fast.recognize import NotCompiled
 from dit_fast.result import Influence
 from dit_fast.retrain import leave_one_out
-from dit_fast.sweep import Linearizer, sweep
+from dit_fast.sweep import Linearizer, QueryGradients, sweep
 from dit_fast.trajectory import Trajectory, Window
 
-BACKENDS = ("auto", "generic", "factors")
+Sweep = Callable[[list[plan.Column], QueryGradients, Callable[..., object]], Tensor]
+
+BACKENDS = ("auto", "generic", "native", "factors")
 
 
 def score(
@@ -57,7 +60,8 @@ def score(
     method: "adjoint", or "retrain" = every score by true retraining (`leave_one_out`).
     refine: this many samples per window and query, those of largest |score|, get their true score by retraining;
         `result.retrained` marks them.
-    backend: "generic" for any module; "factors" for nets of linear layers with hessian "fisher" or "none"; "auto" picks.
+    backend: "native" for feed-forward nets, compiled, on the CPU; "factors" for nets of linear layers with hessian "fisher"
+        or "none"; "generic" for any module; "auto" = the first of these that fits. `meta["why"]` says why.
     dtype, device: of the computation; None = the log's widest, and the model's device.
     memory_budget: bytes or "2GiB"; columns that do not fit travel in several sweeps. None = 0.6 of what is free.
     check: replay three steps first and refuse a problem that does not reproduce them (ValueError with the likely cause).
@@ -132,7 +136,7 @@ def _adjoint_scores(
     made, mix = plan.columns(windows, num_queries)
     per_sweep = plan.columns_per_sweep(budget, ev.num_parameters, num_samples, ev.dtype.itemsize)
     chunks = [made[start : start + per_sweep] for start in range(0, len(made), per_sweep)]
-    linearizer, meta = _choose_linearizer(ev, hessian, backend, min(per_sweep, len(made)), budget)
+    run, meta = _choose_sweep(ev, hessian, backend, min(per_sweep, len(made)), budget)
 
     def gradients(t: int) -> Params:
         point = t if query_at == "endpoint" else ev.trajectory.num_steps
@@ -142,19 +146,44 @@ def _adjoint_scores(
     steps = sum(chunk[0].stop for chunk in chunks)
     with progress_bar(steps, "sweep", show_progress) as bar:
         for chunk in chunks:
-            swept.append(sweep(ev, chunk, linearizer, gradients, num_samples, bar.update).cpu())
+            swept.append(run(chunk, gradients, bar.update).cpu())
     scores = (mix @ torch.cat(swept)).reshape(len(windows), num_queries, num_samples)
     return scores, meta | {"columns": len(made), "sweeps": len(chunks)}
+
+
+def _choose_sweep(ev: Evaluator, hessian: Hessian, backend: str, num_columns: int, budget: int) -> tuple[Sweep, dict[str, Any]]:
+    """The sweep of a chunk of columns, and what it is and why."""
+    num_samples, refused = ev.problem.num_samples, ""
+    if backend in ("auto", "native"):
+        try:
+            compiled = native.prepare(ev, hessian)
+        except NotCompiled as reason:
+            if backend == "native":
+                raise ValueError(f"backend='native' cannot be used: {reason}") from reason
+            refused = f"not native: {reason}"
+        else:
+            why = f"compiled: {compiled.recognized.description}; agrees with the generic path on the first batch"
+            return (
+                lambda columns, gradients, progress: native.sweep(ev, columns, compiled, gradients, num_samples, progress),
+                {"backend": "native", "why": why},
+            )
+    linearizer, meta = _choose_linearizer(ev, hessian, backend, num_columns, budget)
+    meta["why"] = "; ".join(filter(None, [refused, meta.pop("why", "")])) or f"backend={backend!r} was asked for"
+    return (
+        lambda columns, gradients, progress: sweep(ev, columns, linearizer, gradients, num_samples, progress),
+        meta,
+    )
 
 
 def _choose_linearizer(
     ev: Evaluator, hessian: Hessian, backend: str, num_columns: int, budget: int
 ) -> tuple[Linearizer, dict[str, Any]]:
     params, batch = ev.params(0), ev.batches(0)[0]
+    refusal: str | None = ""
     if backend != "generic":
         refusal = factors.refusal(ev, params, batch, hessian)
         if refusal is None:
-            return factors.linearizer(ev, hessian), {"backend": "factors"}
+            return factors.linearizer(ev, hessian), {"backend": "factors", "why": "a net of linear layers"}
         if backend == "factors":
             raise ValueError(f"backend='factors' cannot be used: {refusal}")
     mode, together = choose_mode(ev, params, batch, hessian)
@@ -163,7 +192,8 @@ def _choose_linearizer(
     def generic(params: Params, batch: Batch) -> Any:
         return linearize(ev, params, batch, hessian, mode, limit)
 
-    return generic, {"backend": "generic", "mode": mode, "columns_per_pull": min(limit, num_columns)}
+    why = f"not factors: {refusal}" if refusal else ""
+    return generic, {"backend": "generic", "why": why, "mode": mode, "columns_per_pull": min(limit, num_columns)}
 
 
 def _check_options(hessian: str, query_at: str, method: str, backend: str, refine: int) -> None:

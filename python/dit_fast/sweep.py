@@ -33,7 +33,7 @@ def sweep(
     active = 0
     for t in reversed(range(columns[0].stop)):
         if t + 1 in ends:
-            active = _at_endpoint(t + 1, columns, block, query_gradients(t + 1))
+            active = join_and_leave(t + 1, columns, block, query_gradients(t + 1))
         params = ev.params(t)
         settings = trajectory.settings(t)
         travelling = {name: value[:active] for name, value in block.items()}
@@ -55,7 +55,7 @@ def sweep(
     return scores
 
 
-def _at_endpoint(t: int, columns: Sequence[Column], block: Params, gradients: Params) -> int:
+def join_and_leave(t: int, columns: Sequence[Column], block: Params, gradients: Params) -> int:
     """Columns that start at t lose q(t), those that stop there begin with it; the number of columns then travelling."""
     for k, column in enumerate(columns):
         for name, rows in gradients.items():

@@ -39,6 +39,7 @@ class _Source(Protocol):
     @property
     def digest(self) -> str: ...
     def params(self, t: int) -> dict[str, Tensor]: ...
+    def rows(self, start: int, stop: int) -> Tensor: ...
     def step(self, t: int) -> Step: ...
     def verify(self) -> None: ...
 
@@ -146,6 +147,21 @@ class Trajectory:
     def params(self, t: int) -> dict[str, Tensor]:
         """θ[t], 0 ≤ t ≤ T: name → tensor of its own shape and dtype, on the CPU; not to be written to."""
         return self._source.params(self._checked(t, self.num_steps))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """θ[start] … θ[stop − 1], 0 ≤ start ≤ stop ≤ T + 1: [n, P], flat in the order of `parameters`, in their widest dtype.
+
+        A view of the log where its chunks allow; not to be written to.
+        """
+        first, last = (self._checked(t, self.num_steps + 1) for t in (start, stop))
+        if first > last:
+            raise ValueError(f"rows {first}..{last} are reversed")
+        return self._source.rows(first, last)
+
+    def steps(self, start: int, stop: int) -> list[Step]:
+        """What the steps start ≤ t < stop were made of: ids, coefficients, micro-batches, settings."""
+        first, last = (self._checked(t, self.num_steps) for t in (start, stop))
+        return [self._source.step(t) for t in range(first, last)]
 
     def batch_ids(self, t: int) -> Tensor:
         """S_t, the sample ids of step t: int64 [B]."""

@@ -1,0 +1,41 @@
+// The vectorised loops of the dual-number sweep. Blocks [B, K, O] and rows [B, O] are contiguous; a row's value serves
+// all K columns.
+#pragma once
+
+#include "activation.h"
+
+namespace dit_fast::cpu {
+
+// z becomes φ(z); first = φ'(z); second = φ''(z), which is not written where φ is piecewise linear. n elements.
+template <class Real>
+void activate_all(Activation activation, Real slope, Index n, Real* z, Real* first, Real* second);
+
+// out[b,k,o] = row[b,o] z[b,k,o]; out may be z.
+template <class Real>
+void multiply_rows(Index B, Index K, Index O, const Real* row, const Real* z, Real* out);
+
+// g[b,k,o] = first[b,o] g[b,k,o] + curve[b,o] z[b,k,o]
+template <class Real>
+void combine_rows(Index B, Index K, Index O, const Real* first, const Real* curve, const Real* z, Real* g);
+
+// z[b,j] = scale z[b,j] + bias_scale bias[j], j < n; bias may be null.
+template <class Real>
+void scale_and_shift(Index B, Index n, Real scale, Real bias_scale, const Real* bias, Real* z);
+
+// out[j] = keep out[j] + Σ_b d[b,j], j < n
+template <class Real>
+void add_row_sums(Index B, Index n, Real keep, const Real* d, Real* out);
+
+// y += scale x
+template <class Real>
+void add_scaled(Index n, Real scale, const Real* x, Real* y);
+
+// y = scale x; y may be x.
+template <class Real>
+void scale_to(Index n, Real scale, const Real* x, Real* y);
+
+// Σ x y in double.
+template <class Real>
+double inner(Index n, const Real* x, const Real* y);
+
+}  // namespace dit_fast::cpu

@@ -1,0 +1,211 @@
+"""The compiled whole-sweep path for feed-forward nets: many steps and all columns in one call of `ops.MlpSweep`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_fast import ops
+from dit_fast.data import default_unpack
+from dit_fast.errors import LogError
+from dit_fast.linearize import Hessian, linearize
+from dit_fast.log import Step
+from dit_fast.optimizers import SGD
+from dit_fast.plan import Column
+from dit_fast.problem import Batch, Evaluator, Params
+from dit_fast.recognize import NotCompiled, Recognized, recognize
+from dit_fast.sweep import QueryGradients, join_and_leave
+
+# the compiled path must meet the generic one on a batch of the log
+AGREEMENT = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+# a call does about this much work (0.05 s at 20 GFLOP/s), so that Ctrl-C and progress do not wait longer
+CALL_FLOPS = 1e9
+# numbers of the log and of the data that are copied at a time where they cannot be used in place
+SLICE_NUMBERS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Native:
+    """What `sweep` needs to know: the net, the curvature, and the data as rows [N, I] and targets where they fit in place."""
+
+    recognized: Recognized
+    hessian: Hessian
+    data: tuple[Tensor, Tensor] | None
+
+
+def prepare(ev: Evaluator, hessian: Hessian) -> Native:
+    """The compiled path of this problem, proved on the first batch of the log; NotCompiled says why there is none."""
+    if ev.device.type != "cpu":
+        raise NotCompiled(f"it runs on the CPU, not on {ev.device}")
+    if hessian not in ops.CURVATURES:
+        raise NotCompiled(f"hessian={hessian!r} is not compiled")
+    rules = ev.trajectory.optimizer
+    if not all(type(rule) is SGD for rule in rules):
+        raise NotCompiled(f"{rules[0].kind} is not compiled")
+    params, batch = ev.params(0), ev.batches(0)[0]
+    recognized = recognize(ev, params, batch)
+    native = Native(recognized, hessian, _whole_data(ev, recognized))
+    _compare(ev, native, params, batch)
+    return native
+
+
+def sweep(
+    ev: Evaluator,
+    columns: Sequence[Column],
+    native: Native,
+    query_gradients: QueryGradients,
+    num_samples: int,
+    progress: Callable[..., object],
+) -> Tensor:
+    """Scores [K, N] float64, as `sweep.sweep` gives them; progress(n) is called after every n steps."""
+    scores = torch.zeros(len(columns), num_samples, dtype=torch.float64)
+    blocks = {name: torch.zeros(len(columns), *s, dtype=ev.dtype) for name, s in ev.shapes.items()}
+    momenta = None
+    if any(getattr(rule, "momentum", 0) for rule in ev.trajectory.optimizer):
+        momenta = {name: torch.zeros_like(value) for name, value in blocks.items()}
+    ends = {t for column in columns for t in (column.start, column.stop) if t} | {0}
+    t = columns[0].stop
+    active, flops = 0, _flops_per_column(ev, native)
+    loaded = range(t, t)
+    engine: ops.MlpSweep | None = None
+    while t > 0:
+        if t in ends:
+            active = join_and_leave(t, columns, blocks, query_gradients(t))
+        if t <= loaded.start or engine is None:
+            loaded = range(_slice_start(ev, native, t), t)
+            engine = _engine(ev, native, loaded, blocks, momenta, scores)
+        boundary = max(end for end in ends if end < t)
+        start = max(boundary, loaded.start, t - max(1, int(CALL_FLOPS / (flops * active))))
+        bad = engine.run(start - loaded.start, t - loaded.start, active)
+        if bad is not None:
+            bad += loaded.start
+            raise LogError(f"step {bad}: a score is NaN or infinite; the sweep cannot pass this step (try dtype=torch.float64)")
+        progress(t - start)
+        t = start
+    if not torch.isfinite(scores).all():
+        raise LogError("some scores are NaN or infinite (try dtype=torch.float64, or check=True to test the log)")
+    return scores
+
+
+def _flops_per_column(ev: Evaluator, native: Native) -> float:
+    """Of one step and column, for a batch of the size of the first: 6F, F = 2·B·ΣIO."""
+    return 12.0 * len(ev.trajectory.batch_ids(0)) * sum(la.inputs * la.outputs for la in native.recognized.net.layers)
+
+
+def _slice_start(ev: Evaluator, native: Native, stop: int) -> int:
+    """The first of the steps before `stop` that are handed over together."""
+    numbers = ev.num_parameters
+    if native.data is None:
+        numbers += len(ev.trajectory.batch_ids(stop - 1)) * native.recognized.net.layers[0].inputs
+    return max(0, stop - max(1, SLICE_NUMBERS // numbers))
+
+
+def _engine(
+    ev: Evaluator, native: Native, loaded: range, blocks: Params, momenta: Params | None, scores: Tensor
+) -> ops.MlpSweep:
+    names = native.recognized.parameters
+    own = [None if name is None else blocks[name] for name in names]
+    own_momenta = None if momenta is None else [None if name is None else momenta[name] for name in names]
+    steps = _steps(ev, native, loaded)
+    net = native.recognized.net
+    return ops.MlpSweep(net, steps, own, own_momenta, scores, l2=ev.l2, hessian=native.hessian)
+
+
+def _steps(ev: Evaluator, native: Native, loaded: range) -> ops.MlpSteps:
+    logged = ev.trajectory.steps(loaded.start, loaded.stop)
+    theta = ev.trajectory.rows(loaded.start, loaded.stop).to(ev.dtype)
+    if not torch.isfinite(theta.sum(1)).all():  # a sum may overflow itself: the exact check is the evaluator's
+        for t in loaded:
+            ev.params(t)
+    ids = torch.cat([step.ids for step in logged])
+    if native.data is not None:
+        (x, targets), rows = native.data, ids
+        if int(ids.max()) >= len(x):
+            for t in loaded:
+                ev.batches(t)  # says which step
+    else:
+        batches = [batch for t in loaded for batch in ev.batches(t)]
+        x = torch.cat([native.recognized.inputs(batch.args[0]) for batch in batches])
+        targets = torch.cat([native.recognized.targets(batch.target, ev.dtype) for batch in batches])
+        rows = torch.arange(len(ids))
+    offsets = torch.tensor([0, *(len(step.ids) for step in logged)]).cumsum(0)
+    coefficients = torch.cat([step.coefficients for step in logged])
+    return ops.MlpSteps(theta, x, targets, rows, ids, coefficients, offsets, _settings(ev, native, loaded, logged))
+
+
+def _settings(ev: Evaluator, native: Native, loaded: range, logged: list[Step]) -> Tensor:
+    """[n, 2L, 6] in the order of ops.SETTINGS."""
+    table = torch.tensor([step.settings for step in logged], dtype=torch.float64)
+    names = ev.trajectory.optimizer[0].setting_names
+    columns = []
+    for name in ops.SETTINGS:
+        if name == "first":
+            column = torch.zeros(table.shape[:2], dtype=torch.float64)
+            column[: max(0, 1 - loaded.start)] = 1
+        elif name in names:
+            column = table[..., names.index(name)]
+        else:
+            column = torch.tensor([float(getattr(rule, name, 0)) for rule in ev.trajectory.optimizer]).expand(table.shape[:2])
+        columns.append(column.double())
+    groups = ev.trajectory.groups
+    of_parameter = [groups[name] if name is not None else 0 for name in native.recognized.parameters]
+    return torch.stack(columns, -1)[:, of_parameter].contiguous()
+
+
+def _whole_data(ev: Evaluator, recognized: Recognized) -> tuple[Tensor, Tensor] | None:
+    """The data as (x [N, I], targets) in this dtype; None where batches have to be asked for one by one."""
+    tensors: Any = ev.problem.samples._tensors
+    if ev.problem.unpack is not default_unpack or not isinstance(tensors, tuple | list) or len(tensors) != 2:
+        return None
+    x, target = tensors
+    if not isinstance(x, Tensor) or not isinstance(target, Tensor) or x.device.type != "cpu" or target.device.type != "cpu":
+        return None
+    in_place = x.dtype == ev.dtype and x.is_contiguous()
+    if not x.is_floating_point() or not (in_place or x.numel() <= SLICE_NUMBERS):
+        return None
+    targets = recognized.targets(target, ev.dtype)
+    if recognized.net.loss == "cross_entropy":
+        low, high = (int(value) for value in targets.aminmax())
+        if low < 0 or high >= recognized.net.layers[-1].outputs:
+            raise NotCompiled(f"classes {low}..{high} of cross entropy lie outside the model's outputs")
+    return recognized.inputs(x.to(ev.dtype)), targets
+
+
+def _compare(ev: Evaluator, native: Native, params: Params, batch: Batch) -> None:
+    """NotCompiled where dots or Hessian products of a batch differ from those of the generic path."""
+    generator = torch.Generator().manual_seed(0)
+    probe = {n: torch.randn(2, *v.shape, generator=generator, dtype=torch.float64).to(v.dtype) for n, v in params.items()}
+    dots, hvp = linearize(ev, params, batch, native.hessian)[1](probe)
+    size, recognized = len(batch.ids), native.recognized
+    # lr = −1 makes c = u, coefficients enter the scores as −a_b
+    settings = torch.zeros(1, len(recognized.parameters), len(ops.SETTINGS), dtype=torch.float64)
+    settings[..., 0] = -1
+    steps = ops.MlpSteps(
+        torch.cat([value.flatten() for value in params.values()])[None],
+        recognized.inputs(batch.args[0]),
+        recognized.targets(batch.target, ev.dtype),
+        torch.arange(size),
+        torch.arange(size),
+        batch.coefficients.double(),
+        torch.tensor([0, size]),
+        settings,
+    )
+    blocks = {name: value.clone() for name, value in probe.items()}
+    scores = torch.zeros(2, size, dtype=torch.float64)
+    own = [None if name is None else blocks[name] for name in recognized.parameters]
+    ops.MlpSweep(recognized.net, steps, own, None, scores, l2=ev.l2, hessian=native.hessian).run(0, 1, 2)
+    pairs = [(scores, -dots * batch.coefficients.double(), 0.0)]
+    largest = max(float(value.abs().max()) for value in hvp.values())
+    rounding = 4 * torch.finfo(ev.dtype).eps
+    pairs += [
+        (blocks[n] - probe[n], hvp[n], max(largest, rounding / AGREEMENT[ev.dtype] * float(probe[n].abs().max()))) for n in hvp
+    ]
+    for ours, theirs, scale in pairs:
+        error, scale = float((ours - theirs).abs().max()), scale or float(theirs.abs().max())
+        if not error <= AGREEMENT[ev.dtype] * scale:
+            raise NotCompiled(
+                f"it does not agree with the generic path on the first batch ({error / (scale or 1):.1g} relative)"
+            )
