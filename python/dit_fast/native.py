@@ -15,7 +15,7 @@ from dit_fast.log import Step
 from dit_fast.optimizers import SGD
 from dit_fast.plan import Column
 from dit_fast.problem import Batch, Evaluator, Params
-from dit_fast.recognize import NotCompiled, Recognized, recognize
+from dit_fast.recognize import NotCompiled, Recognized, check_targets, recognize
 from dit_fast.sweep import QueryGradients, join_and_leave
 
 # the compiled path must meet the generic one on a batch of the log
@@ -60,7 +60,10 @@ def sweep(
     num_samples: int,
     progress: Callable[..., object],
 ) -> Tensor:
-    """Scores [K, N] float64, as `sweep.sweep` gives them; progress(n) is called after every n steps."""
+    """Scores [K, N] float64, as `sweep.sweep` gives them; progress(n) is called after every n steps.
+
+    Raises NotCompiled where data that is fetched on the way turns out to have targets of another kind.
+    """
     scores = torch.zeros(len(columns), num_samples, dtype=torch.float64)
     blocks = {name: torch.zeros(len(columns), *s, dtype=ev.dtype) for name, s in ev.shapes.items()}
     momenta = None
@@ -128,6 +131,7 @@ def _steps(ev: Evaluator, native: Native, loaded: range) -> ops.MlpSteps:
                 ev.batches(t)  # says which step
     else:
         batches = [batch for t in loaded for batch in ev.batches(t)]
+        check_targets(ev, native.recognized, torch.cat([batch.target for batch in batches]))
         x = torch.cat([native.recognized.inputs(batch.args[0]) for batch in batches])
         targets = torch.cat([native.recognized.targets(batch.target, ev.dtype) for batch in batches])
         rows = torch.arange(len(ids))
@@ -166,12 +170,8 @@ def _whole_data(ev: Evaluator, recognized: Recognized) -> tuple[Tensor, Tensor] 
     in_place = x.dtype == ev.dtype and x.is_contiguous()
     if not x.is_floating_point() or not (in_place or x.numel() <= SLICE_NUMBERS):
         return None
-    targets = recognized.targets(target, ev.dtype)
-    if recognized.net.loss == "cross_entropy":
-        low, high = (int(value) for value in targets.aminmax())
-        if low < 0 or high >= recognized.net.layers[-1].outputs:
-            raise NotCompiled(f"classes {low}..{high} of cross entropy lie outside the model's outputs")
-    return recognized.inputs(x.to(ev.dtype)), targets
+    check_targets(ev, recognized, target)
+    return recognized.inputs(x.to(ev.dtype)), recognized.targets(target, ev.dtype)
 
 
 def _compare(ev: Evaluator, native: Native, params: Params, batch: Batch) -> None:

@@ -7,7 +7,6 @@ random outputs. Whatever is not certain is refused with a reason in one line.
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -20,6 +19,7 @@ from dit_fast.problem import Batch, Evaluator, Params
 
 # the loss must be ours to this share of its size, in float64
 LOSS_AGREEMENT = 1e-9
+TARGETS_AT_ONCE = 1 << 16
 
 _SHAPE_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity)
 _SHAPE_CALLS = (torch.flatten, torch.reshape, torch.squeeze)
@@ -54,10 +54,14 @@ class NotCompiled(Exception):
 
 @dataclass(frozen=True)
 class Recognized:
-    """A net with its loss. parameters: the names of each layer's weight and bias, in turn; None for no bias."""
+    """A net with its loss. parameters: the names of each layer's weight and bias, in turn; None for no bias.
+
+    output_shape: the model's output's, behind the batch.
+    """
 
     net: Mlp
     parameters: tuple[str | None, ...]
+    output_shape: torch.Size
 
     @property
     def description(self) -> str:
@@ -94,7 +98,7 @@ def recognize(ev: Evaluator, params: Params, batch: Batch) -> Recognized:
     if not isinstance(output, Tensor) or output.numel() != len(batch.ids) * layers[-1].outputs:
         raise NotCompiled("the model's output is not one tensor with a row per sample")
     loss, scale = _loss(ev, output, batch.target)
-    return Recognized(Mlp(layers, loss, scale), parameters)
+    return Recognized(Mlp(layers, loss, scale), parameters, output.shape[1:])
 
 
 def _chain(ev: Evaluator) -> tuple[tuple[MlpLayer, ...], tuple[str | None, ...]]:
@@ -153,9 +157,8 @@ def _operations(graph: fx.Graph, model: nn.Module) -> list[tuple[Any, fx.Node]]:
         elif node.op == "get_attr" or _is_size(node):
             continue
         else:
-            first = node.args[0] if node.args else node.kwargs.get("input")
-            others = [n for n in node.all_input_nodes if n is not first and n.op != "get_attr" and not _is_size(n)]
-            if first is not current or others:
+            inputs = [n for n in node.all_input_nodes if n.op != "get_attr" and not _is_size(n)]
+            if inputs != [current]:
                 raise NotCompiled(f"{_name(node)} is not part of one chain of operations")
             current = node
             chain.append((model.get_submodule(node.target) if node.op == "call_module" else node.target, node))
@@ -242,10 +245,10 @@ def _loss(ev: Evaluator, output: Tensor, target: Any) -> tuple[str, float]:
         if tau is None:
             continue
         try:
-            value, gradient = _value_and_gradient(partial(ev.losses_of, target=tau, size=size), z)
+            value, gradient = _value_and_gradient(ev.losses_of, z, tau, size)
         except Exception:  # the user's loss may refuse targets of this kind in any way
             continue
-        expected, expected_gradient = _value_and_gradient(partial(_FORMULAS[kind], tau=tau), z)
+        expected, expected_gradient = _value_and_gradient(_FORMULAS[kind], z, tau)
         scale = float((gradient * expected_gradient).sum() / expected_gradient.square().sum())
         if _close(value, scale * expected) and _close(gradient, scale * expected_gradient) and scale != 0:
             found = kind, _round_scale(scale, output.numel() // len(output))
@@ -254,9 +257,27 @@ def _loss(ev: Evaluator, output: Tensor, target: Any) -> tuple[str, float]:
     return found
 
 
-def _value_and_gradient(loss: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+def check_targets(ev: Evaluator, recognized: Recognized, targets: Tensor) -> None:
+    """NotCompiled unless per_sample_loss is the recognised loss for every one of the data's targets [n, ...]."""
+    net = recognized.net
+    if not targets.is_floating_point() and targets.ndim == 1:
+        targets = targets.unique()
+    generator = torch.Generator().manual_seed(1)
+    targets = targets.double() if targets.is_floating_point() else targets
+    for rows in targets.split(TARGETS_AT_ONCE):
+        ours = recognized.targets(rows, torch.float64)
+        if net.loss == "cross_entropy" and not bool(((ours >= 0) & (ours < net.layers[-1].outputs)).all()):
+            raise NotCompiled("a class of cross entropy lies outside the model's outputs")
+        z = torch.randn(len(rows), *recognized.output_shape, generator=generator, dtype=torch.float64)
+        value, gradient = _value_and_gradient(ev.losses_of, z, rows, len(rows))
+        expected, expected_gradient = _value_and_gradient(_FORMULAS[net.loss], z, ours)
+        if not (_close(value, net.loss_scale * expected) and _close(gradient, net.loss_scale * expected_gradient)):
+            raise NotCompiled(f"per_sample_loss is not {net.loss} for every target of the data")
+
+
+def _value_and_gradient(loss: Callable[..., Tensor], z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     y = z.clone().requires_grad_()
-    value = loss(y)
+    value = loss(y, *arguments)
     return value.detach().double(), torch.autograd.grad(value.sum(), y)[0]
 
 

@@ -146,16 +146,24 @@ def _adjoint_scores(
     steps = sum(chunk[0].stop for chunk in chunks)
     with progress_bar(steps, "sweep", show_progress) as bar:
         for chunk in chunks:
-            swept.append(run(chunk, gradients, bar.update).cpu())
+            try:
+                swept.append(run(chunk, gradients, bar.update).cpu())
+            except NotCompiled as reason:  # data fetched on the way has targets that the first batch had not
+                run, meta = _choose_sweep(ev, hessian, backend, min(per_sweep, len(made)), budget, str(reason))
+                swept.append(run(chunk, gradients, bar.update).cpu())
     scores = (mix @ torch.cat(swept)).reshape(len(windows), num_queries, num_samples)
     return scores, meta | {"columns": len(made), "sweeps": len(chunks)}
 
 
-def _choose_sweep(ev: Evaluator, hessian: Hessian, backend: str, num_columns: int, budget: int) -> tuple[Sweep, dict[str, Any]]:
-    """The sweep of a chunk of columns, and what it is and why."""
-    num_samples, refused = ev.problem.num_samples, ""
+def _choose_sweep(
+    ev: Evaluator, hessian: Hessian, backend: str, num_columns: int, budget: int, refused: str = ""
+) -> tuple[Sweep, dict[str, Any]]:
+    """The sweep of a chunk of columns, and what it is and why; refused: why it is not to be the compiled one."""
+    num_samples = ev.problem.num_samples
     if backend in ("auto", "native"):
         try:
+            if refused:
+                raise NotCompiled(refused)
             compiled = native.prepare(ev, hessian)
         except NotCompiled as reason:
             if backend == "native":
@@ -168,7 +176,7 @@ def _choose_sweep(ev: Evaluator, hessian: Hessian, backend: str, num_columns: in
                 {"backend": "native", "why": why},
             )
     linearizer, meta = _choose_linearizer(ev, hessian, backend, num_columns, budget)
-    meta["why"] = "; ".join(filter(None, [refused, meta.pop("why", "")])) or f"backend={backend!r} was asked for"
+    meta["why"] = "; ".join(filter(None, [refused, meta["why"]])) or f"backend={backend!r} was asked for"
     return (
         lambda columns, gradients, progress: sweep(ev, columns, linearizer, gradients, num_samples, progress),
         meta,
