@@ -78,9 +78,10 @@ T* pointer(Address address) {
 }
 
 template <class Real>
-Index mlp_sweep(const std::vector<LayerSpec>& layers, const Kinds& kinds, double loss_scale, double l2, Index K,
-                Index num_steps, const Table& theta, const Table& x, Address targets, const std::array<Address, 5>& log,
-                const std::vector<Address>& u, const std::vector<Address>& m, const Table& scores, int threads) {
+Index mlp_sweep(const std::vector<LayerSpec>& layers, const Kinds& kinds, double loss_scale, double l2,
+                const std::array<Index, 3>& sizes, const Table& theta, const Table& x, Address targets,
+                const std::array<Address, 5>& log, const std::vector<Address>& u, const std::vector<Address>& m,
+                const Table& scores, int threads) {
   dit_fast::MlpSweep<Real> args{};
   for (const auto& [n, slope] : layers)
     args.layers.push_back({n[0], n[1], n[2], n[3], static_cast<dit_fast::Activation>(n[4]), slope});
@@ -88,8 +89,7 @@ Index mlp_sweep(const std::vector<LayerSpec>& layers, const Kinds& kinds, double
   args.curvature = static_cast<dit_fast::Curvature>(kinds.second);
   args.loss_scale = loss_scale;
   args.l2 = l2;
-  args.K = K;
-  args.num_steps = num_steps;
+  std::tie(args.K, args.C, args.num_steps) = std::tie(sizes[0], sizes[1], sizes[2]);
   args.theta = pointer<const Real>(theta.first);
   args.theta_stride = theta.second;
   args.x = pointer<const Real>(x.first);
@@ -138,11 +138,12 @@ PYBIND11_MODULE(_C, m) {
       Free());
   m.def(
       "mlp_sweep_cpu",
-      [](bool twice, const std::vector<LayerSpec>& layers, const Kinds& kinds, double loss_scale, double l2, Index K,
-         Index num_steps, const Table& theta, const Table& x, Address targets, const std::array<Address, 5>& log,
-         const std::vector<Address>& u, const std::vector<Address>& m, const Table& scores, int threads) {
+      [](bool twice, const std::vector<LayerSpec>& layers, const Kinds& kinds, double loss_scale, double l2,
+         const std::array<Index, 3>& sizes, const Table& theta, const Table& x, Address targets,
+         const std::array<Address, 5>& log, const std::vector<Address>& u, const std::vector<Address>& m,
+         const Table& scores, int threads) {
         const auto sweep = twice ? mlp_sweep<double> : mlp_sweep<float>;
-        return sweep(layers, kinds, loss_scale, l2, K, num_steps, theta, x, targets, log, u, m, scores, threads);
+        return sweep(layers, kinds, loss_scale, l2, sizes, theta, x, targets, log, u, m, scores, threads);
       },
       Free());
   m.def("use_blas", &cpu::use_blas, py::arg("allowed"));

@@ -51,7 +51,7 @@ struct MlpSweep {
   double loss_scale;
   Curvature curvature;
   double l2;
-  Index K, num_steps;
+  Index K, C, num_steps;
   const Real* theta;
   Index theta_stride;
   const Real* x;

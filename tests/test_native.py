@@ -260,8 +260,10 @@ def op_case(widths, activation, loss, settings, K=3, n=4, seed=0, dtype=torch.fl
         settings=settings(n, 2 * len(layers)),
     )  # fmt: skip
     shapes = [s for la in layers for s in ((la.outputs, la.inputs), (la.outputs,) if bias else None)]
-    blocks = [None if s is None else normal(K, *s) for s in shapes]
-    momenta = [None if s is None else normal(K, *s) for s in shapes]
+    blocks, momenta = (
+        [None if s is None else ops.mlp_block(K, s, dtype, i == 0).copy_(normal(K, *s)) for i, s in enumerate(shapes)]
+        for _ in range(2)
+    )
     return net, steps, blocks, momenta, normal(K, N).double()
 
 
@@ -356,7 +358,7 @@ def test_op_is_the_derivative_through_the_whole_training(options):
         torch.stack(rows), x, y, torch.cat(batches), torch.cat(batches), torch.full((20,), 0.25).double(),
         torch.arange(0, 21, 4), settings,
     )  # fmt: skip
-    blocks = [q[None, :6].view(1, 2, 3).clone(), q[None, 6:].clone()]
+    blocks = [ops.mlp_block(1, (2, 3), q.dtype, True).copy_(q[:6].view(1, 2, 3)), q[None, 6:].clone()]
     momenta, scores = [torch.zeros_like(b) for b in blocks], torch.zeros(1, 6).double()
     net = ops.Mlp((ops.MlpLayer(2, 3, 0, 6),), "cross_entropy")
     ops.MlpSweep(net, steps, blocks, momenta, scores).run(0, 5, 1)
@@ -390,7 +392,7 @@ def broken(change):
         (lambda a: {"momenta": None}, "momenta must be given"),
         (lambda a: {"blocks": a["blocks"][:3]}, "blocks must hold"),
         (lambda a: {"blocks": [*a["blocks"][:3], None]}, "must be a tensor"),
-        (lambda a: {"blocks": [a["blocks"][0].mT.contiguous().mT, *a["blocks"][1:]]}, "contiguous"),
+        (lambda a: {"blocks": [a["blocks"][0].contiguous(), *a["blocks"][1:]]}, "as mlp_block makes it"),
         (lambda a: {"scores": a["scores"].float()}, "scores must be float64"),
         (lambda a: {"settings": a["settings"][..., :5]}, "settings must have shape"),
     ],

@@ -54,7 +54,6 @@ template <class Real>
   }
 }
 
-// Calls body(count, offset into [K, O], the row's values for these elements, or its one value where O = 1).
 template <class Real>
 [[gnu::always_inline]] inline void multiply_rows_loop(Index B, Index K, Index O, const Real* row, const Real* z,
                                                       Real* out) {
@@ -130,6 +129,46 @@ template <class Real>
 }
 
 template <class Real>
+[[gnu::always_inline]] inline void products_loop(Index I, Index K, Index O, const Real* u, Index stride, const Real* w,
+                                                 double* sums) {
+  Real row[pattern_size];
+  for (Index o0 = 0; o0 < O; o0 += pattern_size) {
+    const Index count = std::min(pattern_size, O - o0);
+    for (Index i = 0; i < I; ++i) {
+      for (Index o = 0; o < count; ++o) row[o] = w[(o0 + o) * I + i];
+      for (Index k = 0; k < K; ++k)
+        for (Index o = 0; o < count; ++o) sums[k * O + o0 + o] += dot_term(u[i * stride + k * O + o0 + o], row[o]);
+    }
+  }
+}
+
+template <class Real>
+[[gnu::always_inline]] inline void row_dots_loop(Index B, Index K, Index O, const Real* row, const Real* z,
+                                                 double* dots) {
+  for (Index b = 0; b < B; ++b, row += O, z += K * O, dots += K) {
+    if (O == 1) {
+      for (Index k = 0; k < K; ++k) dots[k] += dot_term(row[0], z[k]);
+    } else if (O < 8) {
+      for (Index k = 0; k < K; ++k)
+        for (Index o = 0; o < O; ++o) dots[k] += dot_term(row[o], z[k * O + o]);
+    } else {
+      for (Index k = 0; k < K; ++k) dots[k] += inner_loop(O, row, z + k * O);
+    }
+  }
+}
+
+template <class Real>
+[[gnu::always_inline]] inline void momentum_loop(Index n, const MomentumRule<Real>& rule, Real* u, Real* m, Real* c) {
+  const Real of_buffer = rule.nesterov ? rule.momentum : 1, of_rate = rule.nesterov ? 1 : 0;
+  for (Index i = 0; i < n; ++i) {
+    const Real r = -rule.rate * u[i], buffer = m[i] + of_buffer * r;
+    c[i] = rule.damped * buffer + of_rate * r;
+    m[i] = rule.momentum * buffer;
+    u[i] += rule.decay * c[i];
+  }
+}
+
+template <class Real>
 [[gnu::always_inline]] inline void add_loop(Index n, Real scale, const Real* x, Real* y) {
   for (Index i = 0; i < n; ++i) y[i] += scale * x[i];
 }
@@ -162,6 +201,16 @@ template <class Real>
   }                                                                                                                   \
   DIT_FAST_CLONES double inner_clones(Index n, const Real* x, const Real* y) {                                        \
     return inner_loop(n, x, y);                                                                                       \
+  }                                                                                                                   \
+  DIT_FAST_CLONES void products_clones(Index I, Index K, Index O, const Real* u, Index stride, const Real* w,         \
+                                       double* sums) {                                                                \
+    products_loop(I, K, O, u, stride, w, sums);                                                                       \
+  }                                                                                                                   \
+  DIT_FAST_CLONES void row_dots_clones(Index B, Index K, Index O, const Real* row, const Real* z, double* dots) {     \
+    row_dots_loop(B, K, O, row, z, dots);                                                                             \
+  }                                                                                                                   \
+  DIT_FAST_CLONES void momentum_clones(Index n, const MomentumRule<Real>& rule, Real* u, Real* m, Real* c) {          \
+    momentum_loop(n, rule, u, m, c);                                                                                  \
   }                                                                                                                   \
   DIT_FAST_CLONES void add_clones(Index n, Real scale, const Real* x, Real* y) {                                      \
     add_loop(n, scale, x, y);                                                                                         \
@@ -215,15 +264,33 @@ double inner(Index n, const Real* x, const Real* y) {
   return inner_clones(n, x, y);
 }
 
-#define DIT_FAST_INSTANTIATE(Real)                                                               \
-  template void activate_all(Activation, Real, Index, Real*, Real*, Real*);                      \
-  template void multiply_rows(Index, Index, Index, const Real*, const Real*, Real*);             \
-  template void combine_rows(Index, Index, Index, const Real*, const Real*, const Real*, Real*); \
-  template void scale_and_shift(Index, Index, Real, Real, const Real*, Real*);                   \
-  template void add_row_sums(Index, Index, Real, const Real*, Real*);                            \
-  template void add_scaled(Index, Real, const Real*, Real*);                                     \
-  template void scale_to(Index, Real, const Real*, Real*);                                       \
-  template double inner(Index, const Real*, const Real*);
+template <class Real>
+void accumulate_products(Index I, Index K, Index O, const Real* u, Index stride, const Real* w, double* sums) {
+  products_clones(I, K, O, u, stride, w, sums);
+}
+
+template <class Real>
+void add_row_dots(Index B, Index K, Index O, const Real* row, const Real* z, double* dots) {
+  row_dots_clones(B, K, O, row, z, dots);
+}
+
+template <class Real>
+void apply_momentum(Index n, const MomentumRule<Real>& rule, Real* u, Real* m, Real* c) {
+  momentum_clones(n, rule, u, m, c);
+}
+
+#define DIT_FAST_INSTANTIATE(Real)                                                                  \
+  template void activate_all(Activation, Real, Index, Real*, Real*, Real*);                         \
+  template void multiply_rows(Index, Index, Index, const Real*, const Real*, Real*);                \
+  template void combine_rows(Index, Index, Index, const Real*, const Real*, const Real*, Real*);    \
+  template void scale_and_shift(Index, Index, Real, Real, const Real*, Real*);                      \
+  template void add_row_sums(Index, Index, Real, const Real*, Real*);                               \
+  template void add_scaled(Index, Real, const Real*, Real*);                                        \
+  template void scale_to(Index, Real, const Real*, Real*);                                          \
+  template double inner(Index, const Real*, const Real*);                                           \
+  template void accumulate_products(Index, Index, Index, const Real*, Index, const Real*, double*); \
+  template void add_row_dots(Index, Index, Index, const Real*, const Real*, double*);               \
+  template void apply_momentum(Index, const MomentumRule<Real>&, Real*, Real*, Real*);
 
 DIT_FAST_INSTANTIATE(float)
 DIT_FAST_INSTANTIATE(double)

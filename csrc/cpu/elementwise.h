@@ -38,4 +38,22 @@ void scale_to(Index n, Real scale, const Real* x, Real* y);
 template <class Real>
 double inner(Index n, const Real* x, const Real* y);
 
+// sums[k,o] += Σ_i u[i,k,o] w[o,i] in double: rows of u lie `stride` apart, w is [O,I].
+template <class Real>
+void accumulate_products(Index I, Index K, Index O, const Real* u, Index stride, const Real* w, double* sums);
+
+// dots[b,k] += Σ_o row[b,o] z[b,k,o] in double
+template <class Real>
+void add_row_dots(Index B, Index K, Index O, const Real* row, const Real* z, double* dots);
+
+// The optimizer's rule for n elements with momentum: c, and the changes of m and of u (decay · c); csrc/mlp_sweep.h.
+template <class Real>
+struct MomentumRule {
+  Real rate, momentum, damped, decay;
+  bool nesterov;
+};
+
+template <class Real>
+void apply_momentum(Index n, const MomentumRule<Real>& rule, Real* u, Real* m, Real* c);
+
 }  // namespace dit_fast::cpu

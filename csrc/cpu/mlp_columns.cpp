@@ -2,9 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "cpu/elementwise.h"
-#include "cpu/gemm.h"
+#include "cpu/small_gemm.h"
 
 namespace dit_fast::cpu {
 namespace {
@@ -61,7 +62,7 @@ Columns<Real>::Columns(const MlpSweep<Real>& args, Index max_batch, Index max_co
   scaled_ = arena_.take(max_batch * widest);
   turned_ = arena_.take(max_columns * turned);
   dots_.resize(static_cast<std::size_t>(max_batch * max_columns));
-  l2_dots_.resize(static_cast<std::size_t>(max_columns));
+  sums_.resize(static_cast<std::size_t>(max_columns * args.layers.front().O));
   directions_.resize(2 * args.layers.size());
 }
 
@@ -69,17 +70,16 @@ template <class Real>
 bool Columns<Real>::step(const Primal<Real>& primal, Index t, Index k0, Index count, int threads) {
   k0_ = k0;
   K_ = count;
-  double coefficient_sum = 0;
-  for (Index b = 0; b < primal.B; ++b) coefficient_sum += primal.coefficients[b];
-  take_directions(t, coefficient_sum);
-  for (Index k = 0; k < K_; ++k) l2_dots_[k] = args_.l2 == 0 ? 0 : l2_dot(primal, k);
+  const Setting* settings = args_.settings + t * static_cast<Index>(directions_.size());
+  for (std::size_t p = 0; p < directions_.size(); ++p)
+    directions_[p] = direction(p, settings[p], args_.l2 * primal.coefficient_sum);
+  start_dots(primal);
   if (args_.curvature == Curvature::none) {
     first_order_dots(primal, threads);
     if (!add_scores(primal, t)) return false;
-    for (std::size_t p = 0; p < directions_.size(); ++p)
-      if (directions_[p].u && directions_[p].keep != 1)
-        scale_to(K_ * parameter_size(args_.layers[p / 2], p % 2), directions_[p].keep, directions_[p].u,
-                 directions_[p].u);
+    for (const Direction& d : directions_)
+      for (Index r = 0; d.u && d.keep != 1 && r < d.rows; ++r)
+        scale_to(d.row, d.keep, d.u + r * d.u_stride, d.u + r * d.u_stride);
     return true;
   }
   forward(primal, threads);
@@ -89,48 +89,50 @@ bool Columns<Real>::step(const Primal<Real>& primal, Index t, Index k0, Index co
   return true;
 }
 
-template <class Real>
-void Columns<Real>::take_directions(Index t, double coefficient_sum) {
-  const Setting* settings = args_.settings + t * static_cast<Index>(directions_.size());
-  for (std::size_t p = 0; p < directions_.size(); ++p)
-    directions_[p] = direction(p, parameter_size(args_.layers[p / 2], p % 2), settings[p], args_.l2 * coefficient_sum);
-}
-
 // ridge: l2 Σ_b a_b, the multiple of the identity inside H.
 template <class Real>
-typename Columns<Real>::Direction Columns<Real>::direction(std::size_t parameter, Index size, const Setting& setting,
+typename Columns<Real>::Direction Columns<Real>::direction(std::size_t parameter, const Setting& setting,
                                                            double ridge) {
   if (!args_.u[parameter]) return {};
-  Real* u = args_.u[parameter] + k0_ * size;
+  const MlpLayer& layer = args_.layers[parameter / 2];
+  const Index size = parameter_size(layer, parameter % 2);
+  // the first layer's weight is [I,C,O], everything else K columns one after the other
+  const bool turned = parameter == 0;
+  const Index rows = turned ? layer.I : 1, row = turned ? K_ * layer.O : K_ * size;
+  const Index stride = turned ? args_.C * layer.O : row, offset = k0_ * (turned ? layer.O : size);
+  Real* u = args_.u[parameter] + offset;
   const double decay = setting.weight_decay + ridge;
-  if (setting.momentum == 0) return {u, static_cast<Real>(-setting.lr), static_cast<Real>(1 - setting.lr * decay), u};
-  Real *m = args_.m[parameter] + k0_ * size, *c = c_[parameter];
-  const Real rate = static_cast<Real>(setting.lr), momentum = static_cast<Real>(setting.momentum);
-  const Real damped = static_cast<Real>(setting.first != 0 ? 1 : 1 - setting.dampening);
-  const bool nesterov = setting.nesterov != 0;
-  for (Index i = 0; i < K_ * size; ++i) {
-    const Real r = -rate * u[i], buffer = m[i] + (nesterov ? momentum * r : r);
-    c[i] = damped * buffer + (nesterov ? r : 0);
-    m[i] = momentum * buffer;
-    u[i] += static_cast<Real>(decay) * c[i];
-  }
-  return {c, 1, 1, u};
+  if (setting.momentum == 0)
+    return {u, static_cast<Real>(-setting.lr), static_cast<Real>(1 - setting.lr * decay), u, rows, row, stride, stride};
+  const MomentumRule<Real> rule{static_cast<Real>(setting.lr), static_cast<Real>(setting.momentum),
+                                static_cast<Real>(setting.first != 0 ? 1 : 1 - setting.dampening),
+                                static_cast<Real>(decay), setting.nesterov != 0};
+  Real *m = args_.m[parameter] + offset, *c = c_[parameter];
+  for (Index r = 0; r < rows; ++r) apply_momentum(row, rule, u + r * stride, m + r * stride, c + r * row);
+  return {c, 1, 1, u, rows, row, row, stride};
 }
 
-// l2 ⟨c_k, θ⟩
+// dots = l2 ⟨c_k, θ⟩
 template <class Real>
-double Columns<Real>::l2_dot(const Primal<Real>& primal, Index column) const {
-  double sum = 0;
-  for (std::size_t p = 0; p < directions_.size(); ++p) {
-    if (!directions_[p].u) continue;
-    const Index size = parameter_size(args_.layers[p / 2], p % 2);
-    const Real* theta = p % 2 ? primal.layers[p / 2].bias : primal.layers[p / 2].weight;
-    sum += static_cast<double>(directions_[p].scale) * inner(size, directions_[p].data + column * size, theta);
+void Columns<Real>::start_dots(const Primal<Real>& primal) {
+  std::fill_n(dots_.begin(), primal.B * K_, 0.0);
+  if (args_.l2 == 0) return;
+  const Index O = args_.layers.front().O, I = args_.layers.front().I;
+  std::fill(sums_.begin(), sums_.end(), 0.0);
+  accumulate_products(I, K_, O, directions_[0].data, directions_[0].data_stride, primal.layers[0].weight, sums_.data());
+  for (Index k = 0; k < K_; ++k) {
+    double sum = std::accumulate(&sums_[k * O], &sums_[k * O] + O, 0.0) * static_cast<double>(directions_[0].scale);
+    for (std::size_t p = 1; p < directions_.size(); ++p) {
+      if (!directions_[p].u) continue;
+      const Index size = parameter_size(args_.layers[p / 2], p % 2);
+      const Real* theta = p % 2 ? primal.layers[p / 2].bias : primal.layers[p / 2].weight;
+      sum += static_cast<double>(directions_[p].scale) * inner(size, directions_[p].data + k * size, theta);
+    }
+    for (Index b = 0; b < primal.B; ++b) dots_[b * K_ + k] = args_.l2 * sum;
   }
-  return args_.l2 * sum;
 }
 
-// żˡ = ḣˡ⁻¹ Wᵀ + hˡ⁻¹ Cᵀ + c, ḣˡ = φ' żˡ; dots = ⟨∂ℓ/∂zᴸ, żᴸ⟩
+// żˡ = ḣˡ⁻¹ Wᵀ + hˡ⁻¹ Cᵀ + c, ḣˡ = φ' żˡ; dots += ⟨∂ℓ/∂zᴸ, żᴸ⟩
 template <class Real>
 void Columns<Real>::forward(const Primal<Real>& primal, int threads) {
   const Index B = primal.B;
@@ -139,35 +141,32 @@ void Columns<Real>::forward(const Primal<Real>& primal, int threads) {
     const auto& layer = primal.layers[l];
     const Direction &weight = directions_[2 * l], &bias = directions_[2 * l + 1];
     Real scale = weight.scale;
-    if (l > 0) {
-      gemm<Real>(Op::none, Op::transpose, B * K_, O, I, h_[l - 1], I, layer.weight, I, 0, z_[l], O, threads);
+    if (l == 0) {
+      product<Real>(Op::none, Op::none, B, K_ * O, I, layer.input, I, weight.data, weight.data_stride, 0, z_[0], K_ * O,
+                    threads);
+    } else {
+      product<Real>(Op::none, Op::transpose, B * K_, O, I, h_[l - 1], I, layer.weight, I, 0, z_[l], O, threads);
       scale_to(B * I, scale, layer.input, scaled_);
+      product<Real>(Op::none, Op::transpose, B, K_ * O, I, scaled_, I, weight.data, I, 1, z_[l], K_ * O, threads);
       scale = 1;
     }
-    gemm<Real>(Op::none, Op::transpose, B, K_ * O, I, l > 0 ? scaled_ : layer.input, I, weight.data, I, l > 0, z_[l],
-               K_ * O, threads);
     scale_and_shift(B, K_ * O, scale, bias.scale, bias.data, z_[l]);
     if (l + 1 < z_.size()) multiply_rows(B, K_, O, layer.first, z_[l], h_[l]);
   }
-  const Index O = args_.layers.back().O;
-  for (Index b = 0; b < B; ++b)
-    for (Index k = 0; k < K_; ++k) dots_[k * B + b] = inner(O, primal.top + b * O, z_.back() + (b * K_ + k) * O);
+  add_row_dots(B, K_, args_.layers.back().O, primal.top, z_.back(), dots_.data());
 }
 
-// dots = Σ_l ⟨δˡ, hˡ⁻¹ Cᵀ + c⟩, with δ free of coefficients
+// dots += Σ_l ⟨δˡ, hˡ⁻¹ Cᵀ + c⟩, with δ free of coefficients
 template <class Real>
 void Columns<Real>::first_order_dots(const Primal<Real>& primal, int threads) {
   const Index B = primal.B;
-  std::fill_n(dots_.begin(), B * K_, 0.0);
   for (std::size_t l = 0; l < z_.size(); ++l) {
     const Index O = args_.layers[l].O, I = args_.layers[l].I;
     const Direction &weight = directions_[2 * l], &bias = directions_[2 * l + 1];
-    gemm<Real>(Op::none, Op::transpose, B, K_ * O, I, primal.layers[l].input, I, weight.data, I, 0, z_[l], K_ * O,
-               threads);
+    product<Real>(Op::none, l == 0 ? Op::none : Op::transpose, B, K_ * O, I, primal.layers[l].input, I, weight.data,
+                  l == 0 ? weight.data_stride : I, 0, z_[l], K_ * O, threads);
     scale_and_shift(B, K_ * O, weight.scale, bias.scale, bias.data, z_[l]);
-    for (Index b = 0; b < B; ++b)
-      for (Index k = 0; k < K_; ++k)
-        dots_[k * B + b] += inner(O, primal.layers[l].delta + b * O, z_[l] + (b * K_ + k) * O);
+    add_row_dots(B, K_, O, primal.layers[l].delta, z_[l], dots_.data());
   }
 }
 
@@ -178,7 +177,7 @@ bool Columns<Real>::add_scores(const Primal<Real>& primal, Index t) {
   for (Index k = 0; k < K_; ++k) {
     double* scores = args_.scores + (k0_ + k) * args_.scores_stride;
     for (Index b = 0; b < primal.B; ++b) {
-      const double dot = dots_[k * primal.B + b] + l2_dots_[k];
+      const double dot = dots_[b * K_ + k];
       scores[ids[b]] -= primal.coefficients[b] * dot;
       sum += dot;
     }
@@ -191,17 +190,20 @@ template <class Real>
 void Columns<Real>::differentiate_loss(const Primal<Real>& primal) {
   const std::size_t last = z_.size() - 1;
   const Index O = args_.layers[last].O, B = primal.B;
+  if (args_.loss != Loss::cross_entropy) {
+    multiply_rows(B, K_, O, primal.top_curve, z_[last], d_);
+    return;
+  }
   const auto& layer = primal.layers[last];
-  const Real scale = static_cast<Real>(args_.loss_scale);
+  const bool curved = args_.curvature == Curvature::exact && !piecewise_linear(args_.layers[last].activation);
   for (Index b = 0; b < B; ++b) {
-    const Real a = static_cast<Real>(primal.coefficients[b]);
+    const Real scale = static_cast<Real>(primal.coefficients[b] * args_.loss_scale);
     const Real *first = layer.first + b * O, *curve = layer.second + b * O;
-    const bool curved = args_.curvature == Curvature::exact && !piecewise_linear(args_.layers[last].activation);
     for (Index k = 0; k < K_; ++k) {
       const Real* z = z_[last] + (b * K_ + k) * O;
       Real* d = d_ + (b * K_ + k) * O;
       for (Index o = 0; o < O; ++o) d[o] = first[o] * z[o];
-      loss_hessian(args_.loss, a * scale, O, primal.probabilities + b * O, d, d);
+      loss_hessian(args_.loss, scale, O, primal.probabilities + b * O, d, d);
       for (Index o = 0; o < O; ++o) d[o] = first[o] * d[o] + (curved ? curve[o] * z[o] : 0);
     }
   }
@@ -222,7 +224,7 @@ void Columns<Real>::pull_back(const Primal<Real>& primal, std::size_t l, int thr
   const Index O = args_.layers[l].O, I = args_.layers[l].I, B = primal.B;
   const bool exact = args_.curvature == Curvature::exact;
   const Direction& weight = directions_[2 * l];
-  gemm<Real>(Op::none, Op::none, B * K_, I, O, d_, O, primal.layers[l].weight, I, 0, below_, I, threads);
+  product<Real>(Op::none, Op::none, B * K_, I, O, d_, O, primal.layers[l].weight, I, 0, below_, I, threads);
   if (exact) {
     scale_to(B * O, weight.scale, primal.layers[l].delta, scaled_);
     if (O == 1 || O * I < small_layer) {
@@ -232,11 +234,11 @@ void Columns<Real>::pull_back(const Primal<Real>& primal, std::size_t l, int thr
           for (Index k = 0; k < K_; ++k) std::copy_n(weight.data + (k * O + o) * I, I, turned_ + (o * K_ + k) * I);
         turned = turned_;
       }
-      gemm<Real>(Op::none, Op::none, B, K_ * I, O, scaled_, O, turned, K_ * I, 1, below_, K_ * I, threads);
+      product<Real>(Op::none, Op::none, B, K_ * I, O, scaled_, O, turned, K_ * I, 1, below_, K_ * I, threads);
     } else {
       for (Index k = 0; k < K_; ++k)
-        gemm<Real>(Op::none, Op::none, B, I, O, scaled_, O, weight.data + k * O * I, I, 1, below_ + k * I, K_ * I,
-                   threads);
+        product<Real>(Op::none, Op::none, B, I, O, scaled_, O, weight.data + k * O * I, I, 1, below_ + k * I, K_ * I,
+                      threads);
     }
   }
   const auto& below = primal.layers[l - 1];
@@ -252,19 +254,25 @@ void Columns<Real>::update(const Primal<Real>& primal, std::size_t l, int thread
   const Index O = args_.layers[l].O, I = args_.layers[l].I, B = primal.B;
   const Direction &weight = directions_[2 * l], &bias = directions_[2 * l + 1];
   const auto& layer = primal.layers[l];
-  gemm<Real>(Op::transpose, Op::none, K_ * O, I, B, d_, K_ * O, layer.input, I, weight.keep, weight.u, I, threads);
+  if (l == 0)
+    product<Real>(Op::transpose, Op::none, I, K_ * O, B, layer.input, I, d_, K_ * O, weight.keep, weight.u,
+                  weight.u_stride, threads);
+  else
+    product<Real>(Op::transpose, Op::none, K_ * O, I, B, d_, K_ * O, layer.input, I, weight.keep, weight.u, I, threads);
   if (bias.u) add_row_sums(B, K_ * O, bias.keep, d_, bias.u);
   if (l == 0 || args_.curvature != Curvature::exact) return;
   if (O == 1 || K_ == 1) {
-    gemm<Real>(Op::transpose, Op::none, O, K_ * I, B, layer.delta, O, h_[l - 1], K_ * I, 1, weight.u, K_ * I, threads);
+    product<Real>(Op::transpose, Op::none, O, K_ * I, B, layer.delta, O, h_[l - 1], K_ * I, 1, weight.u, K_ * I,
+                  threads);
   } else if (O * I < small_layer) {
-    gemm<Real>(Op::transpose, Op::none, O, K_ * I, B, layer.delta, O, h_[l - 1], K_ * I, 0, turned_, K_ * I, threads);
+    product<Real>(Op::transpose, Op::none, O, K_ * I, B, layer.delta, O, h_[l - 1], K_ * I, 0, turned_, K_ * I,
+                  threads);
     for (Index o = 0; o < O; ++o)
       for (Index k = 0; k < K_; ++k) add_scaled<Real>(I, 1, turned_ + (o * K_ + k) * I, weight.u + (k * O + o) * I);
   } else {
     for (Index k = 0; k < K_; ++k)
-      gemm<Real>(Op::transpose, Op::none, O, I, B, layer.delta, O, h_[l - 1] + k * I, K_ * I, 1, weight.u + k * O * I,
-                 I, threads);
+      product<Real>(Op::transpose, Op::none, O, I, B, layer.delta, O, h_[l - 1] + k * I, K_ * I, 1,
+                    weight.u + k * O * I, I, threads);
   }
 }
 

@@ -20,16 +20,17 @@ class Columns {
   static Index size_of_column(const MlpSweep<Real>& args, Index max_batch);
 
  private:
-  // c = scale · data for a parameter of the columns at work; u is multiplied by `keep` when H c is added to it.
+  // c = scale · data for a parameter of the columns at work; u is multiplied by `keep` when H c is added to it. Both
+  // lie in `rows` rows of `row` elements; of the strides only the first layer's weight makes use.
   struct Direction {
     const Real* data;
     Real scale, keep;
     Real* u;
+    Index rows, row, data_stride, u_stride;
   };
 
-  void take_directions(Index t, double coefficient_sum);
-  Direction direction(std::size_t parameter, Index size, const Setting& setting, double ridge);
-  double l2_dot(const Primal<Real>& primal, Index column) const;
+  Direction direction(std::size_t parameter, const Setting& setting, double ridge);
+  void start_dots(const Primal<Real>& primal);
   void forward(const Primal<Real>& primal, int threads);
   void first_order_dots(const Primal<Real>& primal, int threads);
   bool add_scores(const Primal<Real>& primal, Index t);
@@ -45,7 +46,8 @@ class Columns {
   Real *d_, *below_;          // δ̇ of the layer at work and of the one below it [B,K,O]
   Real* scaled_;              // a shared row block times a scalar
   Real* turned_;              // [O,K,I] of a small layer
-  std::vector<double> dots_, l2_dots_;
+  std::vector<double> dots_;  // [B,K]
+  std::vector<double> sums_;  // [K,O] of the first layer
   std::vector<Direction> directions_;
   Index k0_ = 0, K_ = 0;
 };

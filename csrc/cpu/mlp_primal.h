@@ -41,8 +41,11 @@ struct Primal {
   Real* output;         // hᴸ [B,O]
   Real* probabilities;  // of the loss [B,O]
   Real* top;            // ∂ℓ_b/∂zᴸ, without a_b [B,O]
+  Real*
+      top_curve;  // the diagonal a_b ∂²ℓ_b/∂zᴸ², of the Gauss–Newton part alone where asked [B,O]; not of cross_entropy
   Index B = 0;
   const double* coefficients = nullptr;
+  double coefficient_sum = 0;
 
   Primal(const MlpSweep<Real>& args, Index max_batch);
 

@@ -25,6 +25,8 @@ AGREEMENT = {torch.float32: 1e-5, torch.float64: 1e-10}
 CALL_FLOPS = 1e9
 # numbers of the log and of the data that are copied at a time where they cannot be used in place
 SLICE_NUMBERS = 1 << 24
+# numbers that a vector register of float32 holds
+LINE = 16
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,12 @@ def sweep(
 
     Raises NotCompiled where data that is fetched on the way turns out to have targets of another kind.
     """
-    scores = torch.zeros(len(columns), num_samples, dtype=torch.float64)
-    blocks = {name: torch.zeros(len(columns), *s, dtype=ev.dtype) for name, s in ev.shapes.items()}
+    capacity = _padded(native, len(columns))
+    scores = torch.zeros(capacity, num_samples, dtype=torch.float64)
+    blocks = _blocks(ev, native, capacity)
     momenta = None
     if any(getattr(rule, "momentum", 0) for rule in ev.trajectory.optimizer):
-        momenta = {name: torch.zeros_like(value) for name, value in blocks.items()}
+        momenta = _blocks(ev, native, capacity)
     ends = {t for column in columns for t in (column.start, column.stop) if t} | {0}
     t = columns[0].stop
     active, flops = 0, _flops_per_column(ev, native)
@@ -82,7 +85,7 @@ def sweep(
             engine = _engine(ev, native, loaded, blocks, momenta, scores)
         boundary = max(end for end in ends if end < t)
         start = max(boundary, loaded.start, t - max(1, int(CALL_FLOPS / (flops * active))))
-        bad = engine.run(start - loaded.start, t - loaded.start, active)
+        bad = engine.run(start - loaded.start, t - loaded.start, _padded(native, active))
         if bad is not None:
             bad += loaded.start
             raise LogError(f"step {bad}: a score is NaN or infinite; the sweep cannot pass this step (try dtype=torch.float64)")
@@ -90,7 +93,20 @@ def sweep(
         t = start
     if not torch.isfinite(scores).all():
         raise LogError("some scores are NaN or infinite (try dtype=torch.float64, or check=True to test the log)")
-    return scores
+    return scores[: len(columns)]
+
+
+def _padded(native: Native, num_columns: int) -> int:
+    """As many columns as fit the vector registers that `num_columns` of the first layer take; those added are zero."""
+    outputs = native.recognized.net.layers[0].outputs
+    if LINE % outputs or num_columns * outputs == 1:
+        return num_columns
+    return -(-num_columns * outputs // LINE) * LINE // outputs
+
+
+def _blocks(ev: Evaluator, native: Native, num_columns: int) -> Params:
+    first = native.recognized.parameters[0]
+    return {name: ops.mlp_block(num_columns, shape, ev.dtype, name == first) for name, shape in ev.shapes.items()}
 
 
 def _flops_per_column(ev: Evaluator, native: Native) -> float:
@@ -193,7 +209,9 @@ def _compare(ev: Evaluator, native: Native, params: Params, batch: Batch) -> Non
         torch.tensor([0, size]),
         settings,
     )
-    blocks = {name: value.clone() for name, value in probe.items()}
+    blocks = _blocks(ev, native, 2)
+    for name, value in probe.items():
+        blocks[name].copy_(value)
     scores = torch.zeros(2, size, dtype=torch.float64)
     own = [None if name is None else blocks[name] for name in recognized.parameters]
     ops.MlpSweep(recognized.net, steps, own, None, scores, l2=ev.l2, hessian=native.hessian).run(0, 1, 2)

@@ -136,6 +136,13 @@ class MlpSteps:
     settings: Tensor
 
 
+def mlp_block(num_columns: int, shape: Sequence[int], dtype: torch.dtype, first: bool) -> Tensor:
+    """A zero block [K, *shape] for a parameter of `MlpSweep`; `first`: that of the first layer's weight."""
+    if first:
+        return torch.zeros(shape[1], num_columns, shape[0], dtype=dtype).permute(1, 2, 0)
+    return torch.zeros(num_columns, *shape, dtype=dtype)
+
+
 class MlpSweep:
     """Steps of the adjoint sweep of a feed-forward net, all columns in one call; checked when made (csrc/mlp_sweep.h).
 
@@ -147,6 +154,7 @@ class MlpSweep:
         net: layers and loss; ℓ_b includes ½·l2·‖θ‖².
         steps: what happened in the steps.
         blocks: u, [K, O, I] per weight and [K, O] per bias (None for none), in the order of the layers; updated in place.
+            The first weight's lies in memory as [I, K, O] (`mlp_block`), the others are contiguous.
         momenta: the same for the momentum buffers' cotangents; None where no step has momentum.
         scores: [K, N] float64, accumulated into.
         hessian: "exact", "ggn" or "none".
@@ -201,8 +209,7 @@ class MlpSweep:
             kinds,
             scale,
             l2,
-            num_columns,
-            stop - start,
+            (num_columns, len(self._kept[2]), stop - start),
             theta,
             *self._x,
             log,
@@ -267,8 +274,12 @@ def _check_mlp(
         if tensor.dtype != dtype:
             raise TypeError(f"{name} must be {_short(dtype)}, got {_short(tensor.dtype)}")
         rows_alone = name in ("x", "theta", "scores") and tensor.shape[1] > 0 and tensor.stride(1) == 1
-        if tensor.device.type != "cpu" or not (tensor.is_contiguous() or (rows_alone and tensor.stride(0) >= tensor.shape[1])):
-            raise ValueError(f"{name} must be contiguous and on the CPU")
+        if name in ("blocks[0]", "momenta[0]"):
+            fits = tensor.permute(2, 0, 1).is_contiguous()
+        else:
+            fits = tensor.is_contiguous() or (rows_alone and tensor.stride(0) >= tensor.shape[1])
+        if tensor.device.type != "cpu" or not fits:
+            raise ValueError(f"{name} must be {'as mlp_block makes it' if name[-3:] == '[0]' else 'contiguous'} and on the CPU")
     _check_range("rows", steps.rows, samples)
     _check_range("ids", steps.ids, scores.shape[1])
     if labelled:
