@@ -11,6 +11,7 @@
 #include "cpu/gemm.h"
 #include "grad_dot.h"
 #include "lowrank_update.h"
+#include "mlp_gradient.h"
 #include "mlp_sweep.h"
 
 namespace py = pybind11;
@@ -78,10 +79,9 @@ T* pointer(Address address) {
 }
 
 template <class Real>
-Index mlp_sweep(const std::vector<LayerSpec>& layers, const Kinds& kinds, double loss_scale, double l2,
-                const std::array<Index, 3>& sizes, const Table& theta, const Table& x, Address targets,
-                const std::array<Address, 5>& log, const std::vector<Address>& u, const std::vector<Address>& m,
-                const Table& scores, int threads) {
+dit_fast::MlpSweep<Real> mlp_args(const std::vector<LayerSpec>& layers, const Kinds& kinds, double loss_scale,
+                                  double l2, const std::array<Index, 3>& sizes, const Table& theta, const Table& x,
+                                  Address targets, const std::array<Address, 5>& log) {
   dit_fast::MlpSweep<Real> args{};
   for (const auto& [n, slope] : layers)
     args.layers.push_back({n[0], n[1], n[2], n[3], static_cast<dit_fast::Activation>(n[4]), slope});
@@ -103,6 +103,12 @@ Index mlp_sweep(const std::vector<LayerSpec>& layers, const Kinds& kinds, double
   args.coefficients = pointer<const double>(log[2]);
   args.offsets = pointer<const Index>(log[3]);
   args.settings = pointer<const dit_fast::Setting>(log[4]);
+  return args;
+}
+
+template <class Real>
+Index mlp_sweep(dit_fast::MlpSweep<Real> args, const std::vector<Address>& u, const std::vector<Address>& m,
+                const Table& scores, int threads) {
   for (const Address block : u) args.u.push_back(pointer<Real>(block));
   for (const Address block : m) args.m.push_back(pointer<Real>(block));
   args.m.resize(args.u.size());
@@ -138,12 +144,27 @@ PYBIND11_MODULE(_C, m) {
       Free());
   m.def(
       "mlp_sweep_cpu",
-      [](bool twice, const std::vector<LayerSpec>& layers, const Kinds& kinds, double loss_scale, double l2,
+      [](bool twice, const std::vector<LayerSpec>& layers, const Kinds& kinds, double scale, double l2,
          const std::array<Index, 3>& sizes, const Table& theta, const Table& x, Address targets,
          const std::array<Address, 5>& log, const std::vector<Address>& u, const std::vector<Address>& m,
          const Table& scores, int threads) {
-        const auto sweep = twice ? mlp_sweep<double> : mlp_sweep<float>;
-        return sweep(layers, kinds, loss_scale, l2, sizes, theta, x, targets, log, u, m, scores, threads);
+        if (twice)
+          return mlp_sweep(mlp_args<double>(layers, kinds, scale, l2, sizes, theta, x, targets, log), u, m, scores,
+                           threads);
+        return mlp_sweep(mlp_args<float>(layers, kinds, scale, l2, sizes, theta, x, targets, log), u, m, scores,
+                         threads);
+      },
+      Free());
+  m.def(
+      "mlp_gradient_cpu",
+      [](bool twice, const std::vector<LayerSpec>& layers, const Kinds& kinds, double scale,
+         const std::array<Index, 3>& sizes, const Table& theta, const Table& x, Address targets,
+         const std::array<Address, 5>& log, const Table& out, int threads) {
+        if (twice)
+          return cpu::mlp_gradient(mlp_args<double>(layers, kinds, scale, 0, sizes, theta, x, targets, log),
+                                   pointer<double>(out.first), out.second, threads);
+        cpu::mlp_gradient(mlp_args<float>(layers, kinds, scale, 0, sizes, theta, x, targets, log),
+                          pointer<float>(out.first), out.second, threads);
       },
       Free());
   m.def("use_blas", &cpu::use_blas, py::arg("allowed"));

@@ -365,6 +365,34 @@ def test_op_is_the_derivative_through_the_whole_training(options):
     assert (scores[0] - truth).abs().max() <= 1e-12 * truth.abs().max()
 
 
+@pytest.mark.parametrize("loss", ops.LOSSES)
+def test_gradient_op_matches_its_twin(loss):
+    net, steps, *_ = op_case((4, 5, 3), "gelu", loss, SETTINGS["plain"])
+    weights = torch.rand(len(steps.x), dtype=torch.float64)
+    ours, theirs = (torch.ones_like(steps.theta) for _ in range(2))
+    ops.mlp_gradient(net, steps.theta, steps.x, steps.targets, weights, ours)
+    ops_torch.mlp_gradient(net, steps.theta, steps.x, steps.targets, weights, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+class Contrary(nn.Module):
+    """Another net in eval mode than in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.layer(x) if self.training else -self.layer(x).tanh()
+
+
+def test_queries_are_asked_in_eval_mode():
+    run = make_run((5, 3))
+    run.case.model = lambda: Contrary().double()
+    run.params = {name.replace("0.", "layer."): value for name, value in run.params.items()}
+    assert_native(run)
+
+
 def test_op_names_the_step_that_is_not_finite():
     net, steps, blocks, momenta, scores = op_case((4, 5, 3), "tanh", "cross_entropy", SETTINGS["plain"])
     steps.theta[2, 5] = float("nan")

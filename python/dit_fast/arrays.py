@@ -3,6 +3,7 @@
 import hashlib
 import operator
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class Arrays:
         largest = max((int(step.ids.max()) for step in steps), default=-1)
         self.num_samples = largest + 1 if header.num_samples is None else header.num_samples
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Over all that a result can depend on."""
         digest = hashlib.sha256(repr((self.header, self.marks, self.num_samples)).encode())

@@ -15,10 +15,12 @@ from dit_fast.log import Step
 from dit_fast.optimizers import SGD
 from dit_fast.plan import Column
 from dit_fast.problem import Batch, Evaluator, Params
+from dit_fast.queries import CHUNK, Query
 from dit_fast.recognize import NotCompiled, Recognized, check_targets, recognize
 from dit_fast.sweep import QueryGradients, join_and_leave
 
 # the compiled path must meet the generic one on a batch of the log
+COMPARED_SAMPLES = 16
 AGREEMENT = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 # a call does about this much work (0.05 s at 20 GFLOP/s), so that Ctrl-C and progress do not wait longer
@@ -47,7 +49,10 @@ def prepare(ev: Evaluator, hessian: Hessian) -> Native:
     rules = ev.trajectory.optimizer
     if not all(type(rule) is SGD for rule in rules):
         raise NotCompiled(f"{rules[0].kind} is not compiled")
-    params, batch = ev.params(0), ev.batches(0)[0]
+    step = ev.trajectory.steps(0, 1)[0]
+    # a few samples show all there is to see
+    size = min(COMPARED_SAMPLES, step.micro_sizes[0])
+    params, batch = ev.params(0), ev.batch(0, step.ids[:size], step.coefficients[:size])
     recognized = recognize(ev, params, batch)
     native = Native(recognized, hessian, _whole_data(ev, recognized))
     _compare(ev, native, params, batch)
@@ -94,6 +99,36 @@ def sweep(
     if not torch.isfinite(scores).all():
         raise LogError("some scores are NaN or infinite (try dtype=torch.float64, or check=True to test the log)")
     return scores[: len(columns)]
+
+
+def query_gradients(
+    ev: Evaluator, native: Native, asked: Sequence[Query], points: Sequence[int], generic: QueryGradients
+) -> QueryGradients:
+    """q(t) for the points t: compiled, all at once, where the query is a loss over a set of samples; else `generic`.
+
+    One of the points is compared with the generic gradient: queries run in eval mode, of which the net was not read.
+    """
+    if len(asked) != 1 or asked[0].batch is None or len(points) < 2 or len(points) * ev.num_parameters > SLICE_NUMBERS:
+        return generic
+    theta = torch.cat([ev.trajectory.rows(t, t + 1) for t in points]).to(ev.dtype)
+    args, kwargs, target = ev.unpack(asked[0].batch)
+    recognized, first = native.recognized, generic(points[0])
+    try:
+        x, targets = recognized.inputs(*args, **kwargs), recognized.targets(target, ev.dtype)
+        flat = torch.zeros_like(theta, memory_format=torch.contiguous_format)
+        for start in range(0, len(x), CHUNK):
+            rows = slice(start, start + CHUNK)
+            weights = torch.full((len(x[rows]),), 1 / len(x), dtype=torch.float64)
+            ops.mlp_gradient(recognized.net, theta, x[rows], targets[rows], weights, flat)
+    except (TypeError, ValueError, RuntimeError):  # not the inputs or targets of this net
+        return generic
+    pieces = flat.split([shape.numel() for shape in ev.shapes.values()], 1)
+    found = {name: piece.reshape(-1, 1, *ev.shapes[name]) for name, piece in zip(ev.shapes, pieces, strict=True)}
+    scale = max(float(value.abs().max()) for value in first.values())
+    if not all(float((found[n][0] - value).abs().max()) <= AGREEMENT[ev.dtype] * scale for n, value in first.items()):
+        return generic
+    position = {t: i for i, t in enumerate(points)}
+    return lambda t: {name: value[position[t]] for name, value in found.items()}
 
 
 def _padded(native: Native, num_columns: int) -> int:

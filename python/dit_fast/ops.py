@@ -176,11 +176,7 @@ class MlpSweep:
         hessian: str = "exact",
     ) -> None:
         _check_mlp(net, steps, blocks, momenta, scores)
-        specs = [
-            ((la.outputs, la.inputs, la.weight, -1 if la.bias is None else la.bias, ACTIVATIONS.index(la.activation)), la.slope)
-            for la in net.layers
-        ]
-        kinds = (LOSSES.index(net.loss), CURVATURES.index(hessian))
+        specs, kinds = _mlp_specs(net, hessian)
         self._steps, self._kept = steps, (blocks, momenta, scores)
         self._twice = steps.theta.dtype == torch.float64
         self._model = (specs, kinds, net.loss_scale, l2)
@@ -221,6 +217,41 @@ class MlpSweep:
         return None if bad < 0 else start + int(bad)
 
 
+def mlp_gradient(net: Mlp, theta: Tensor, x: Tensor, targets: Tensor, coefficients: Tensor, gradients: Tensor) -> None:
+    """Weighted loss gradients at n parameter points, added to `gradients`; the l2 part is not in it.
+
+        gradients[t] += Σ_b a_b ∇ℓ_b(θ[t])
+
+    Args:
+        theta: θ [n, P], flat parameters.
+        x, targets: the batch, as in `MlpSteps`, [B, I] and [B] or [B, O].
+        coefficients: a [B] float64.
+        gradients: [n, P], accumulated into, in the order of theta.
+
+    Raises:
+        TypeError, ValueError: as `MlpSweep`.
+    """
+    n, B = len(theta), len(x)
+    rows, none = torch.arange(B), torch.zeros(0, dtype=torch.float64)
+    offsets = torch.tensor([0, B])
+    _check_mlp_data(net, theta, x, targets, coefficients, rows)
+    if gradients.shape != theta.shape or gradients.dtype != theta.dtype or not gradients.is_contiguous():
+        raise ValueError(f"gradients must be contiguous {list(theta.shape)} {_short(theta.dtype)}")
+    _C.mlp_gradient_cpu(
+        theta.dtype == torch.float64,
+        *_mlp_specs(net, "exact"),
+        net.loss_scale,
+        (0, 0, n),
+        (theta.data_ptr(), theta.stride(0)),
+        (x.data_ptr(), x.stride(0)),
+        targets.data_ptr(),
+        [rows.data_ptr(), 0, coefficients.data_ptr(), offsets.data_ptr(), none.data_ptr()],
+        (gradients.data_ptr(), gradients.stride(0)),
+        torch.get_num_threads(),
+    )
+    torch.autograd.graph.increment_version(gradients)
+
+
 def build_info() -> dict[str, Any]:
     """What was compiled and what is used: version, compilers, CUDA, BLAS, OpenMP, torch."""
     return {
@@ -244,54 +275,70 @@ def use_blas(allowed: bool) -> bool:
     return bool(_C.use_blas(allowed))
 
 
+def _mlp_specs(net: Mlp, hessian: str) -> tuple[list[Any], tuple[int, int]]:
+    specs = [
+        ((la.outputs, la.inputs, la.weight, -1 if la.bias is None else la.bias, ACTIVATIONS.index(la.activation)), la.slope)
+        for la in net.layers
+    ]
+    return specs, (LOSSES.index(net.loss), CURVATURES.index(hessian))
+
+
 def _check_mlp(
     net: Mlp, steps: MlpSteps, blocks: Sequence[Tensor | None], momenta: Sequence[Tensor | None] | None, scores: Tensor
 ) -> None:
-    K, n, num_layers = len(scores), len(steps.theta), len(net.layers)
-    if not num_layers or any(a.outputs != b.inputs for a, b in zip(net.layers, net.layers[1:], strict=False)):
-        raise ValueError("layers must be at least one, each with as many inputs as the one before has outputs")
-    wanted = steps.theta.dtype
-    if wanted not in _DTYPES:
-        raise TypeError(f"theta must be float32 or float64, got {_short(wanted)}")
-    outputs, samples = net.layers[-1].outputs, len(steps.x)
-    labelled = net.loss == "cross_entropy"
-    B = len(steps.rows)
-    for name, tensor, dtype, shape in (
-        ("x", steps.x, wanted, (samples, net.layers[0].inputs)),
-        ("targets", steps.targets, torch.int64 if labelled else wanted, (samples,) if labelled else (samples, outputs)),
-        ("rows", steps.rows, torch.int64, (B,)),
+    K, n, B = len(scores), len(steps.theta), len(steps.rows)
+    _check_mlp_data(net, steps.theta, steps.x, steps.targets, steps.coefficients, steps.rows)
+    _check_tensors(
         ("ids", steps.ids, torch.int64, (B,)),
-        ("coefficients", steps.coefficients, torch.float64, (B,)),
         ("offsets", steps.offsets, torch.int64, (n + 1,)),
-        ("settings", steps.settings, torch.float64, (n, 2 * num_layers, len(SETTINGS))),
+        ("settings", steps.settings, torch.float64, (n, 2 * len(net.layers), len(SETTINGS))),
         ("scores", scores, torch.float64, (K, scores.shape[1])),
-        ("theta", steps.theta, wanted, (n, steps.theta.shape[1])),
-        *_mlp_blocks(net, "blocks", blocks, K, wanted),
-        *(_mlp_blocks(net, "momenta", momenta, K, wanted) if momenta is not None else ()),
-    ):
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} must be {_short(dtype)}, got {_short(tensor.dtype)}")
-        rows_alone = name in ("x", "theta", "scores") and tensor.shape[1] > 0 and tensor.stride(1) == 1
-        if name in ("blocks[0]", "momenta[0]"):
-            fits = tensor.permute(2, 0, 1).is_contiguous()
-        else:
-            fits = tensor.is_contiguous() or (rows_alone and tensor.stride(0) >= tensor.shape[1])
-        if tensor.device.type != "cpu" or not fits:
-            raise ValueError(f"{name} must be {'as mlp_block makes it' if name[-3:] == '[0]' else 'contiguous'} and on the CPU")
-    _check_range("rows", steps.rows, samples)
+        *_mlp_blocks(net, "blocks", blocks, K, steps.theta.dtype),
+        *(_mlp_blocks(net, "momenta", momenta, K, steps.theta.dtype) if momenta is not None else ()),
+    )
     _check_range("ids", steps.ids, scores.shape[1])
-    if labelled:
-        _check_range("targets", steps.targets, outputs)
     if int(steps.offsets[0]) != 0 or int(steps.offsets[-1]) != B or bool((steps.offsets.diff() < 0).any()):
         raise ValueError(f"offsets must rise from 0 to the number of rows, {B}")
     if momenta is None and bool(steps.settings[..., SETTINGS.index("momentum")].any()):
         raise ValueError("momenta must be given where a step has momentum")
+
+
+def _check_mlp_data(net: Mlp, theta: Tensor, x: Tensor, targets: Tensor, coefficients: Tensor, rows: Tensor) -> None:
+    if not net.layers or any(a.outputs != b.inputs for a, b in zip(net.layers, net.layers[1:], strict=False)):
+        raise ValueError("layers must be at least one, each with as many inputs as the one before has outputs")
+    wanted, M, O = theta.dtype, len(x), net.layers[-1].outputs
+    if wanted not in _DTYPES:
+        raise TypeError(f"theta must be float32 or float64, got {_short(wanted)}")
+    labelled = net.loss == "cross_entropy"
+    _check_tensors(
+        ("theta", theta, wanted, (len(theta), theta.shape[1])),
+        ("x", x, wanted, (M, net.layers[0].inputs)),
+        ("targets", targets, torch.int64 if labelled else wanted, (M,) if labelled else (M, O)),
+        ("rows", rows, torch.int64, (len(rows),)),
+        ("coefficients", coefficients, torch.float64, (len(rows),)),
+    )
+    _check_range("rows", rows, M)
+    if labelled:
+        _check_range("targets", targets, O)
     for layer in net.layers:
         ends = [layer.weight + layer.outputs * layer.inputs, 0 if layer.bias is None else layer.bias + layer.outputs]
-        if max(ends) > steps.theta.shape[1] or layer.weight < 0 or (layer.bias or 0) < 0:
-            raise ValueError(f"a layer's parameters end at {max(ends)}, beyond the row of {steps.theta.shape[1]}")
+        if max(ends) > theta.shape[1] or layer.weight < 0 or (layer.bias or 0) < 0:
+            raise ValueError(f"a layer's parameters end at {max(ends)}, beyond the row of {theta.shape[1]}")
+
+
+def _check_tensors(*wanted: tuple[str, Tensor, torch.dtype, tuple[int, ...]]) -> None:
+    for name, tensor, dtype, shape in wanted:
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {_short(dtype)}, got {_short(tensor.dtype)}")
+        if name in ("blocks[0]", "momenta[0]"):
+            fits = tensor.permute(2, 0, 1).is_contiguous()
+        else:
+            rows_alone = name in ("x", "theta", "scores") and tensor.shape[1] > 0 and tensor.stride(1) == 1
+            fits = tensor.is_contiguous() or (rows_alone and tensor.stride(0) >= tensor.shape[1])
+        if tensor.device.type != "cpu" or not fits:
+            raise ValueError(f"{name} must be {'as mlp_block makes it' if name[-3:] == '[0]' else 'contiguous'} and on the CPU")
 
 
 def _mlp_blocks(

@@ -49,6 +49,26 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def _mlp_output(net: Mlp, theta: Tensor, x: Tensor) -> Tensor:
+    h = x
+    for layer in net.layers:
+        weight = theta[layer.weight : layer.weight + layer.outputs * layer.inputs]
+        bias = None if layer.bias is None else theta[layer.bias : layer.bias + layer.outputs]
+        h = _ACTIVATIONS[layer.activation](F.linear(h, weight.view(layer.outputs, layer.inputs), bias), layer.slope)
+    return h
+
+
+def mlp_gradient(net: Mlp, theta: Tensor, x: Tensor, targets: Tensor, coefficients: Tensor, gradients: Tensor) -> None:
+    """gradients[t] += Σ_b a_b ∇ℓ_b(θ[t]) by autograd; arguments and errors: dit_fast.ops.mlp_gradient."""
+
+    def total(point: Tensor) -> Tensor:
+        losses = net.loss_scale * _LOSSES[net.loss](_mlp_output(net, point, x), targets)
+        return (coefficients.to(losses.dtype) * losses).sum()
+
+    for t in range(len(theta)):
+        gradients[t] += grad(total)(theta[t])
+
+
 class MlpSweep:
     """The adjoint steps of dit_fast.ops.MlpSweep, same arguments and results, one step and column at a time by autograd."""
 
@@ -108,12 +128,7 @@ class MlpSweep:
 
     def _pull(self, theta: Tensor, c: Tensor, x: Tensor, target: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         def output(theta: Tensor) -> Tensor:
-            h = x
-            for layer in self.net.layers:
-                weight = theta[layer.weight : layer.weight + layer.outputs * layer.inputs]
-                bias = None if layer.bias is None else theta[layer.bias : layer.bias + layer.outputs]
-                h = _ACTIVATIONS[layer.activation](F.linear(h, weight.view(layer.outputs, layer.inputs), bias), layer.slope)
-            return h
+            return _mlp_output(self.net, theta, x)
 
         def losses(y: Tensor) -> Tensor:
             return self.net.loss_scale * _LOSSES[self.net.loss](y, target)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -136,11 +137,15 @@ def _adjoint_scores(
     made, mix = plan.columns(windows, num_queries)
     per_sweep = plan.columns_per_sweep(budget, ev.num_parameters, num_samples, ev.dtype.itemsize)
     chunks = [made[start : start + per_sweep] for start in range(0, len(made), per_sweep)]
-    run, meta = _choose_sweep(ev, hessian, backend, min(per_sweep, len(made)), budget)
+    at_ends = asked if query_at == "endpoint" else []
+    run, meta = _choose_sweep(ev, hessian, backend, min(per_sweep, len(made)), budget, at_ends)
+
+    @lru_cache(maxsize=1)
+    def gradients_at(t: int) -> Params:
+        return queries.gradients_at(ev, t, asked)
 
     def gradients(t: int) -> Params:
-        point = t if query_at == "endpoint" else ev.trajectory.num_steps
-        return queries.gradients_at(ev, point, asked)
+        return gradients_at(t if query_at == "endpoint" else ev.trajectory.num_steps)
 
     swept = []
     steps = sum(chunk[0].stop for chunk in chunks)
@@ -149,16 +154,19 @@ def _adjoint_scores(
             try:
                 swept.append(run(chunk, gradients, bar.update).cpu())
             except NotCompiled as reason:  # data fetched on the way has targets that the first batch had not
-                run, meta = _choose_sweep(ev, hessian, backend, min(per_sweep, len(made)), budget, str(reason))
+                run, meta = _choose_sweep(ev, hessian, backend, min(per_sweep, len(made)), budget, at_ends, str(reason))
                 swept.append(run(chunk, gradients, bar.update).cpu())
     scores = (mix @ torch.cat(swept)).reshape(len(windows), num_queries, num_samples)
     return scores, meta | {"columns": len(made), "sweeps": len(chunks)}
 
 
 def _choose_sweep(
-    ev: Evaluator, hessian: Hessian, backend: str, num_columns: int, budget: int, refused: str = ""
+    ev: Evaluator, hessian: Hessian, backend: str, num_columns: int, budget: int, asked: Sequence[Query], refused: str = ""
 ) -> tuple[Sweep, dict[str, Any]]:
-    """The sweep of a chunk of columns, and what it is and why; refused: why it is not to be the compiled one."""
+    """The sweep of a chunk of columns, and what it is and why; refused: why it is not to be the compiled one.
+
+    asked: the queries where they are asked at each end of a window, so that their gradients can be taken together.
+    """
     num_samples = ev.problem.num_samples
     if backend in ("auto", "native"):
         try:
@@ -171,10 +179,13 @@ def _choose_sweep(
             refused = f"not native: {reason}"
         else:
             why = f"compiled: {compiled.recognized.description}; agrees with the generic path on the first batch"
-            return (
-                lambda columns, gradients, progress: native.sweep(ev, columns, compiled, gradients, num_samples, progress),
-                {"backend": "native", "why": why},
-            )
+
+            def run(columns: list[plan.Column], gradients: QueryGradients, progress: Callable[..., object]) -> Tensor:
+                points = sorted({t for column in columns for t in (column.start, column.stop) if t})
+                at = native.query_gradients(ev, compiled, asked, points, gradients)
+                return native.sweep(ev, columns, compiled, at, num_samples, progress)
+
+            return run, {"backend": "native", "why": why}
     linearizer, meta = _choose_linearizer(ev, hessian, backend, num_columns, budget)
     meta["why"] = "; ".join(filter(None, [refused, meta["why"]])) or f"backend={backend!r} was asked for"
     return (

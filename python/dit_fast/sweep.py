@@ -57,10 +57,11 @@ def sweep(
 
 def join_and_leave(t: int, columns: Sequence[Column], block: Params, gradients: Params) -> int:
     """Columns that start at t lose q(t), those that stop there begin with it; the number of columns then travelling."""
-    for k, column in enumerate(columns):
-        for name, rows in gradients.items():
-            if column.start == t:
-                block[name][k] -= rows[column.query]
-            elif column.stop == t:
-                block[name][k] = rows[column.query]
+    leaving = [(k, column.query) for k, column in enumerate(columns) if column.start == t]
+    joining = [(k, column.query) for k, column in enumerate(columns) if column.stop == t]
+    for name, rows in gradients.items():
+        for k, query in leaving:
+            block[name][k].sub_(rows[query])
+        for k, query in joining:
+            block[name][k].copy_(rows[query])
     return sum(column.stop >= t for column in columns)
