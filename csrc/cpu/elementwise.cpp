@@ -54,9 +54,31 @@ template <class Real>
   }
 }
 
+// Rows of exactly O outputs, held in a register.
+template <Index O, class Real>
+[[gnu::always_inline]] inline void multiply_rows_of(Index B, Index K, const Real* row, const Real* z, Real* out) {
+  for (Index b = 0; b < B; ++b, row += O)
+    for (Index k = 0; k < K; ++k, z += O, out += O)
+      for (Index o = 0; o < O; ++o) out[o] = row[o] * z[o];
+}
+
+template <Index O, class Real>
+[[gnu::always_inline]] inline void combine_rows_of(Index B, Index K, const Real* first, const Real* curve,
+                                                   const Real* z, Real* g) {
+  for (Index b = 0; b < B; ++b, first += O, curve += O)
+    for (Index k = 0; k < K; ++k, z += O, g += O)
+      for (Index o = 0; o < O; ++o) g[o] = first[o] * g[o] + curve[o] * z[o];
+}
+
 template <class Real>
 [[gnu::always_inline]] inline void multiply_rows_loop(Index B, Index K, Index O, const Real* row, const Real* z,
                                                       Real* out) {
+  if (K == 1) {
+    for (Index i = 0; i < B * O; ++i) out[i] = row[i] * z[i];
+    return;
+  }
+  if (O == 8) return multiply_rows_of<8>(B, K, row, z, out);
+  if (O == 16) return multiply_rows_of<16>(B, K, row, z, out);
   Real pattern[pattern_size];
   const Index times = std::min(K, pattern_size / O + (O > pattern_size));
   for (Index b = 0; b < B; ++b, row += O, z += K * O, out += K * O) {
@@ -79,6 +101,12 @@ template <class Real>
 template <class Real>
 [[gnu::always_inline]] inline void combine_rows_loop(Index B, Index K, Index O, const Real* first, const Real* curve,
                                                      const Real* z, Real* g) {
+  if (K == 1) {
+    for (Index i = 0; i < B * O; ++i) g[i] = first[i] * g[i] + curve[i] * z[i];
+    return;
+  }
+  if (O == 8) return combine_rows_of<8>(B, K, first, curve, z, g);
+  if (O == 16) return combine_rows_of<16>(B, K, first, curve, z, g);
   Real first_pattern[pattern_size], curve_pattern[pattern_size];
   const Index times = std::min(K, pattern_size / O + (O > pattern_size));
   for (Index b = 0; b < B; ++b, first += O, curve += O, z += K * O, g += K * O) {

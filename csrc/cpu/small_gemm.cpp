@@ -7,11 +7,11 @@
 namespace dit_fast::cpu {
 namespace {
 
-// A 64-byte line of elements; the compiler splits it where the machine's registers are narrower.
-template <class Real>
+// A line of elements, 64 bytes or half of that; the compiler splits it where the machine's registers are narrower.
+template <class Real, int Bytes>
 struct Line {
-  typedef Real type __attribute__((vector_size(64)));
-  static constexpr Index size = 64 / sizeof(Real);
+  typedef Real type __attribute__((vector_size(Bytes)));
+  static constexpr Index size = Bytes / sizeof(Real);
 };
 
 // A as op(A)[y,l] = a[y·row + l·step]
@@ -22,11 +22,11 @@ struct Left {
 };
 
 // C[R, V lines] = op(A) B + beta C, the sums in registers over all of k.
-template <class Real, Index R, Index V>
+template <class Real, int Bytes, Index R, Index V>
 [[gnu::always_inline]] inline void tile(Index k, Left<Real> left, const Real* b, Index ldb, Real beta, Real* c,
                                         Index ldc) {
-  using Vector = typename Line<Real>::type;
-  constexpr Index width = Line<Real>::size;
+  using Vector = typename Line<Real, Bytes>::type;
+  constexpr Index width = Line<Real, Bytes>::size;
   Vector sum[R][V] = {};
   const Real* a = left.a;
   for (Index l = 0; l < k; ++l, a += left.step, b += ldb) {
@@ -55,28 +55,29 @@ template <class Real, Index R, Index V>
 }
 
 // V lines of columns, all m rows.
-template <class Real, Index R, Index V>
+template <class Real, int Bytes, Index R, Index V>
 [[gnu::always_inline]] inline void strip(Index m, Index k, Left<Real> left, const Real* b, Index ldb, Real beta,
                                          Real* c, Index ldc) {
   Index y = 0;
   const auto at = [&](Index row) { return Left<Real>{left.a + row * left.row, left.row, left.step}; };
-  for (; y + R <= m; y += R) tile<Real, R, V>(k, at(y), b, ldb, beta, c + y * ldc, ldc);
+  for (; y + R <= m; y += R) tile<Real, Bytes, R, V>(k, at(y), b, ldb, beta, c + y * ldc, ldc);
   if constexpr (R > 4)
-    for (; y + 4 <= m; y += 4) tile<Real, 4, V>(k, at(y), b, ldb, beta, c + y * ldc, ldc);
-  for (; y + 2 <= m; y += 2) tile<Real, 2, V>(k, at(y), b, ldb, beta, c + y * ldc, ldc);
-  for (; y < m; ++y) tile<Real, 1, V>(k, at(y), b, ldb, beta, c + y * ldc, ldc);
+    for (; y + 4 <= m; y += 4) tile<Real, Bytes, 4, V>(k, at(y), b, ldb, beta, c + y * ldc, ldc);
+  for (; y + 2 <= m; y += 2) tile<Real, Bytes, 2, V>(k, at(y), b, ldb, beta, c + y * ldc, ldc);
+  for (; y < m; ++y) tile<Real, Bytes, 1, V>(k, at(y), b, ldb, beta, c + y * ldc, ldc);
 }
 
-// Whole lines of columns; n is a multiple of the line. R × V tiles leave room in the machine's registers.
+// Columns that fill lines and at most one half of a line. R × V tiles leave room in the machine's registers.
 template <class Real, Index R, Index V>
 [[gnu::always_inline]] inline void multiply_lines(Index m, Index n, Index k, Left<Real> left, const Real* b, Index ldb,
                                                   Real beta, Real* c, Index ldc) {
-  constexpr Index width = Line<Real>::size;
+  constexpr Index width = Line<Real, 64>::size;
   Index j = 0;
-  for (; j + V * width <= n; j += V * width) strip<Real, R, V>(m, k, left, b + j, ldb, beta, c + j, ldc);
+  for (; j + V * width <= n; j += V * width) strip<Real, 64, R, V>(m, k, left, b + j, ldb, beta, c + j, ldc);
   if constexpr (V > 2)
-    for (; j + 2 * width <= n; j += 2 * width) strip<Real, R, 2>(m, k, left, b + j, ldb, beta, c + j, ldc);
-  for (; j < n; j += width) strip<Real, R, 1>(m, k, left, b + j, ldb, beta, c + j, ldc);
+    for (; j + 2 * width <= n; j += 2 * width) strip<Real, 64, R, 2>(m, k, left, b + j, ldb, beta, c + j, ldc);
+  for (; j + width <= n; j += width) strip<Real, 64, R, 1>(m, k, left, b + j, ldb, beta, c + j, ldc);
+  if (j < n) strip<Real, 32, R, 1>(m, k, left, b + j, ldb, beta, c + j, ldc);
 }
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
@@ -134,40 +135,38 @@ Real* buffer(Index size) {
 template <class Real>
 void small_gemm(Op op_a, Op op_b, Index m, Index n, Index k, const Real* a, Index lda, const Real* b, Index ldb,
                 Real beta, Real* c, Index ldc) {
-  constexpr Index width = Line<Real>::size;
+  constexpr Index half = Line<Real, 32>::size;
   const Left<Real> left = op_a == Op::none ? Left<Real>{a, lda, 1} : Left<Real>{a, 1, lda};
-  const Index whole = n / width * width, rest = n - whole, padded = (n + width - 1) / width * width;
-  if (op_b == Op::transpose) {
+  const Index whole = n / half * half, rest = n - whole, padded = whole + (rest ? half : 0);
+  const bool turn = op_b == Op::transpose;
+  Real* copied = buffer<Real>((turn ? k * padded : k * half) + m * half);
+  if (turn) {
     // Bᵀ is made once, [k, padded]
-    Real* turned = buffer<Real>(k * padded + m * width);
     for (Index j = 0; j < n; ++j)
-      for (Index l = 0; l < k; ++l) turned[l * padded + j] = b[j * ldb + l];
-    for (Index l = 0; l < k; ++l) std::fill_n(turned + l * padded + n, padded - n, Real(0));
-    b = turned;
+      for (Index l = 0; l < k; ++l) copied[l * padded + j] = b[j * ldb + l];
+    for (Index l = 0; rest && l < k; ++l) std::fill_n(copied + l * padded + n, padded - n, Real(0));
+    b = copied;
     ldb = padded;
   }
   if (whole) multiply(m, whole, k, left, b, ldb, beta, c, ldc);
   if (!rest) return;
-  // the columns beyond the last whole line, in lines of their own
-  Real *last = buffer<Real>((op_b == Op::transpose ? k * padded : k * width) + m * width), *sums;
-  const Real* columns;
-  if (op_b == Op::transpose) {
-    columns = b + whole;
-    sums = last + k * padded;
+  // the columns beyond the last whole half of a line, filled up with zeros, and their sums aside
+  if (turn) {
+    b += whole;
   } else {
     for (Index l = 0; l < k; ++l) {
-      std::copy_n(b + l * ldb + whole, rest, last + l * width);
-      std::fill_n(last + l * width + rest, width - rest, Real(0));
+      for (Index j = 0; j < rest; ++j) copied[l * half + j] = b[l * ldb + whole + j];
+      for (Index j = rest; j < half; ++j) copied[l * half + j] = 0;
     }
-    columns = last;
-    ldb = width;
-    sums = last + k * width;
+    b = copied;
+    ldb = half;
   }
-  multiply(m, width, k, left, columns, ldb, Real(0), sums, width);
+  Real* sums = copied + (turn ? k * padded : k * half);
+  multiply(m, half, k, left, b, ldb, Real(0), sums, half);
   for (Index y = 0; y < m; ++y)
     for (Index j = 0; j < rest; ++j) {
       Real& to = c[y * ldc + whole + j];
-      to = (beta == 0 ? 0 : beta * to) + sums[y * width + j];
+      to = (beta == 0 ? 0 : beta * to) + sums[y * half + j];
     }
 }
 

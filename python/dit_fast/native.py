@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from dit_fast.plan import Column
 from dit_fast.problem import Batch, Evaluator, Params
 from dit_fast.queries import CHUNK, Query
 from dit_fast.recognize import NotCompiled, Recognized, check_targets, recognize
-from dit_fast.sweep import QueryGradients, join_and_leave
+from dit_fast.sweep import QueryGradients
 
 # the compiled path must meet the generic one on a batch of the log
 COMPARED_SAMPLES = 16
@@ -27,8 +28,8 @@ AGREEMENT = {torch.float32: 1e-5, torch.float64: 1e-10}
 CALL_FLOPS = 1e9
 # numbers of the log and of the data that are copied at a time where they cannot be used in place
 SLICE_NUMBERS = 1 << 24
-# numbers that a vector register of float32 holds
-LINE = 16
+# numbers of float32 in half a vector register, which the products take as a whole
+LINE = 8
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,13 @@ def sweep(
 
     Raises NotCompiled where data that is fetched on the way turns out to have targets of another kind.
     """
-    capacity = _padded(native, len(columns))
+    capacity = _padded(native, len(columns), 2 * LINE)  # rows of the first layer's block then begin on cache lines
     scores = torch.zeros(capacity, num_samples, dtype=torch.float64)
     blocks = _blocks(ev, native, capacity)
     momenta = None
     if any(getattr(rule, "momentum", 0) for rule in ev.trajectory.optimizer):
         momenta = _blocks(ev, native, capacity)
+    views = {name: block.unbind(0) for name, block in blocks.items()}
     ends = {t for column in columns for t in (column.start, column.stop) if t} | {0}
     t = columns[0].stop
     active, flops = 0, _flops_per_column(ev, native)
@@ -84,7 +86,8 @@ def sweep(
     engine: ops.MlpSweep | None = None
     while t > 0:
         if t in ends:
-            active = join_and_leave(t, columns, blocks, query_gradients(t))
+            _join_and_leave(t, columns, views, query_gradients(t))
+            active = sum(column.stop >= t for column in columns)
         if t <= loaded.start or engine is None:
             loaded = range(_slice_start(ev, native, t), t)
             engine = _engine(ev, native, loaded, blocks, momenta, scores)
@@ -99,6 +102,17 @@ def sweep(
     if not torch.isfinite(scores).all():
         raise LogError("some scores are NaN or infinite (try dtype=torch.float64, or check=True to test the log)")
     return scores[: len(columns)]
+
+
+def _join_and_leave(t: int, columns: Sequence[Column], views: dict[str, tuple[Tensor, ...]], gradients: Params) -> None:
+    """`sweep.join_and_leave` on the blocks' columns."""
+    leaving = [(k, column.query) for k, column in enumerate(columns) if column.start == t]
+    joining = [(k, column.query) for k, column in enumerate(columns) if column.stop == t]
+    for name, rows in gradients.items():
+        for k, query in leaving:
+            views[name][k].sub_(rows[query])
+        for k, query in joining:
+            views[name][k].copy_(rows[query])
 
 
 def query_gradients(
@@ -131,12 +145,12 @@ def query_gradients(
     return lambda t: {name: value[position[t]] for name, value in found.items()}
 
 
-def _padded(native: Native, num_columns: int) -> int:
-    """As many columns as fit the vector registers that `num_columns` of the first layer take; those added are zero."""
+def _padded(native: Native, num_columns: int, line: int = LINE) -> int:
+    """As many columns as fit the lines that `num_columns` of the first layer take; those added are zero."""
     outputs = native.recognized.net.layers[0].outputs
-    if LINE % outputs or num_columns * outputs == 1:
+    if line % outputs or num_columns * outputs == 1:
         return num_columns
-    return -(-num_columns * outputs // LINE) * LINE // outputs
+    return -(-num_columns * outputs // line) * line // outputs
 
 
 def _blocks(ev: Evaluator, native: Native, num_columns: int) -> Params:
@@ -186,28 +200,25 @@ def _steps(ev: Evaluator, native: Native, loaded: range) -> ops.MlpSteps:
         x = torch.cat([native.recognized.inputs(batch.args[0]) for batch in batches])
         targets = torch.cat([native.recognized.targets(batch.target, ev.dtype) for batch in batches])
         rows = torch.arange(len(ids))
-    offsets = torch.tensor([0, *(len(step.ids) for step in logged)]).cumsum(0)
+    offsets = torch.from_numpy(np.cumsum([0, *(sum(step.micro_sizes) for step in logged)]))
     coefficients = torch.cat([step.coefficients for step in logged])
     return ops.MlpSteps(theta, x, targets, rows, ids, coefficients, offsets, _settings(ev, native, loaded, logged))
 
 
 def _settings(ev: Evaluator, native: Native, loaded: range, logged: list[Step]) -> Tensor:
     """[n, 2L, 6] in the order of ops.SETTINGS."""
-    table = torch.tensor([step.settings for step in logged], dtype=torch.float64)
-    names = ev.trajectory.optimizer[0].setting_names
-    columns = []
-    for name in ops.SETTINGS:
-        if name == "first":
-            column = torch.zeros(table.shape[:2], dtype=torch.float64)
-            column[: max(0, 1 - loaded.start)] = 1
-        elif name in names:
-            column = table[..., names.index(name)]
-        else:
-            column = torch.tensor([float(getattr(rule, name, 0)) for rule in ev.trajectory.optimizer]).expand(table.shape[:2])
-        columns.append(column.double())
-    groups = ev.trajectory.groups
-    of_parameter = [groups[name] if name is not None else 0 for name in native.recognized.parameters]
-    return torch.stack(columns, -1)[:, of_parameter].contiguous()
+    rules, groups = ev.trajectory.optimizer, ev.trajectory.groups
+    table = np.array([step.settings for step in logged])  # [n, groups, settings]
+    of_parameter = [0 if name is None else groups[name] for name in native.recognized.parameters]
+    values = np.zeros((len(logged), len(of_parameter), len(ops.SETTINGS)))
+    for i, name in enumerate(ops.SETTINGS):
+        if name in rules[0].setting_names:
+            values[..., i] = table[:, of_parameter, rules[0].setting_names.index(name)]
+        elif name != "first":
+            values[..., i] = [float(getattr(rules[group], name, 0)) for group in of_parameter]
+    if loaded.start == 0:
+        values[0, :, ops.SETTINGS.index("first")] = 1
+    return torch.from_numpy(values)
 
 
 def _whole_data(ev: Evaluator, recognized: Recognized) -> tuple[Tensor, Tensor] | None:
