@@ -1,6 +1,7 @@
 #include "cpu/elementwise.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/clones.h"
 
@@ -54,20 +55,46 @@ template <class Real>
   }
 }
 
-// Rows of exactly O outputs, held in a register.
+// Rows of exactly O outputs, each in one vector.
+template <Index O, class Real>
+struct Row {
+  typedef Real type __attribute__((vector_size(O * sizeof(Real))));
+};
+
+template <class Vector, class Real>
+[[gnu::always_inline]] inline void load(const Real* from, Vector& value) {
+  std::memcpy(&value, from, sizeof value);
+}
+
 template <Index O, class Real>
 [[gnu::always_inline]] inline void multiply_rows_of(Index B, Index K, const Real* row, const Real* z, Real* out) {
-  for (Index b = 0; b < B; ++b, row += O)
-    for (Index k = 0; k < K; ++k, z += O, out += O)
-      for (Index o = 0; o < O; ++o) out[o] = row[o] * z[o];
+  using Vector = typename Row<O, Real>::type;
+  for (Index b = 0; b < B; ++b, row += O) {
+    Vector r, product;
+    load(row, r);
+    for (Index k = 0; k < K; ++k, z += O, out += O) {
+      load(z, product);
+      product *= r;
+      std::memcpy(out, &product, sizeof product);
+    }
+  }
 }
 
 template <Index O, class Real>
 [[gnu::always_inline]] inline void combine_rows_of(Index B, Index K, const Real* first, const Real* curve,
                                                    const Real* z, Real* g) {
-  for (Index b = 0; b < B; ++b, first += O, curve += O)
-    for (Index k = 0; k < K; ++k, z += O, g += O)
-      for (Index o = 0; o < O; ++o) g[o] = first[o] * g[o] + curve[o] * z[o];
+  using Vector = typename Row<O, Real>::type;
+  for (Index b = 0; b < B; ++b, first += O, curve += O) {
+    Vector f, c, sum, tangent;
+    load(first, f);
+    load(curve, c);
+    for (Index k = 0; k < K; ++k, z += O, g += O) {
+      load(g, sum);
+      load(z, tangent);
+      sum = f * sum + c * tangent;
+      std::memcpy(g, &sum, sizeof sum);
+    }
+  }
 }
 
 template <class Real>

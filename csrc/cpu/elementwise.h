@@ -22,6 +22,13 @@ void combine_rows(Index B, Index K, Index O, const Real* first, const Real* curv
 template <class Real>
 void scale_and_shift(Index B, Index n, Real scale, Real bias_scale, const Real* bias, Real* z);
 
+// z[b,o] = row[o]
+template <class Real>
+void copy_rows(Index B, Index O, const Real* row, Real* z) {
+  for (Index b = 0; b < B; ++b, z += O)
+    for (Index o = 0; o < O; ++o) z[o] = row[o];
+}
+
 // out[j] = keep out[j] + Σ_b d[b,j], j < n
 template <class Real>
 void add_row_sums(Index B, Index n, Real keep, const Real* d, Real* out);

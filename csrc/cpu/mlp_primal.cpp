@@ -67,8 +67,7 @@ void Primal<Real>::forward(int threads) {
     const auto& [O, I, weight, bias, activation, slope] = args.layers[l];
     const Layer& layer = layers[l];
     Real* z = l + 1 < layers.size() ? layers[l + 1].input : output;
-    if (layer.bias)
-      for (Index b = 0; b < B; ++b) std::copy_n(layer.bias, O, z + b * O);
+    if (layer.bias) copy_rows(B, O, layer.bias, z);
     product<Real>(Op::none, Op::transpose, B, O, I, layer.input, I, layer.weight, I, layer.bias ? 1 : 0, z, O, threads);
     activate_all<Real>(activation, static_cast<Real>(slope), B * O, z, layer.first, layer.second);
   }
