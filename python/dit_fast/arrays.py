@@ -42,8 +42,8 @@ class Arrays:
         return {name: value[t] for name, value in self._params.items()}
 
     def rows(self, start: int, stop: int) -> Tensor:
-        pieces = [value[start:stop].flatten(1).to(self.header.row_dtype) for value in self._params.values()]
-        return torch.cat(pieces, 1)
+        dtype = self.header.row_dtype
+        return torch.cat([value[start:stop].flatten(1).to(dtype) for value in self._params.values()], 1)
 
     def step(self, t: int) -> Step:
         return self._steps[t]
