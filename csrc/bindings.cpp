@@ -4,10 +4,15 @@
 
 #include <array>
 #include <cstdint>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "cpu/gemm.h"
 #include "grad_dot.h"
 #include "lowrank_update.h"
+#include "mlp_gradient.h"
+#include "mlp_sweep.h"
 
 namespace py = pybind11;
 
@@ -61,6 +66,57 @@ dit_fast::LowrankUpdate<Real> lowrank_update_args(const Five& n, const Operand& 
           rows<const Real>(activations, n[2])};
 }
 
+// O, I, position of the weight and of the bias in a row of theta, number of the activation; its slope
+using LayerSpec = std::pair<Five, double>;
+// numbers of the loss and of the curvature
+using Kinds = std::pair<int, int>;
+// address and row stride
+using Table = std::pair<Address, Index>;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class Real>
+dit_fast::MlpSweep<Real> mlp_args(const std::vector<LayerSpec>& layers, const Kinds& kinds, double loss_scale,
+                                  double l2, const std::array<Index, 3>& sizes, const Table& theta, const Table& x,
+                                  Address targets, const std::array<Address, 5>& log) {
+  dit_fast::MlpSweep<Real> args{};
+  for (const auto& [n, slope] : layers)
+    args.layers.push_back({n[0], n[1], n[2], n[3], static_cast<dit_fast::Activation>(n[4]), slope});
+  args.loss = static_cast<dit_fast::Loss>(kinds.first);
+  args.curvature = static_cast<dit_fast::Curvature>(kinds.second);
+  args.loss_scale = loss_scale;
+  args.l2 = l2;
+  std::tie(args.K, args.C, args.num_steps) = std::tie(sizes[0], sizes[1], sizes[2]);
+  args.theta = pointer<const Real>(theta.first);
+  args.theta_stride = theta.second;
+  args.x = pointer<const Real>(x.first);
+  args.x_stride = x.second;
+  if (args.loss == dit_fast::Loss::cross_entropy)
+    args.classes = pointer<const Index>(targets);
+  else
+    args.targets = pointer<const Real>(targets);
+  args.rows = pointer<const Index>(log[0]);
+  args.ids = pointer<const Index>(log[1]);
+  args.coefficients = pointer<const double>(log[2]);
+  args.offsets = pointer<const Index>(log[3]);
+  args.settings = pointer<const dit_fast::Setting>(log[4]);
+  return args;
+}
+
+template <class Real>
+Index mlp_sweep(dit_fast::MlpSweep<Real> args, const std::vector<Address>& u, const std::vector<Address>& m,
+                const Table& scores, int threads) {
+  for (const Address block : u) args.u.push_back(pointer<Real>(block));
+  for (const Address block : m) args.m.push_back(pointer<Real>(block));
+  args.m.resize(args.u.size());
+  args.scores = pointer<double>(scores.first);
+  args.scores_stride = scores.second;
+  return dit_fast::cpu::mlp_sweep(args, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -84,6 +140,31 @@ PYBIND11_MODULE(_C, m) {
           return cpu::lowrank_update(lowrank_update_args<double>(n, weight, bias, coefficients, delta, activations),
                                      threads);
         cpu::lowrank_update(lowrank_update_args<float>(n, weight, bias, coefficients, delta, activations), threads);
+      },
+      Free());
+  m.def(
+      "mlp_sweep_cpu",
+      [](bool twice, const std::vector<LayerSpec>& layers, const Kinds& kinds, double scale, double l2,
+         const std::array<Index, 3>& sizes, const Table& theta, const Table& x, Address targets,
+         const std::array<Address, 5>& log, const std::vector<Address>& u, const std::vector<Address>& m,
+         const Table& scores, int threads) {
+        if (twice)
+          return mlp_sweep(mlp_args<double>(layers, kinds, scale, l2, sizes, theta, x, targets, log), u, m, scores,
+                           threads);
+        return mlp_sweep(mlp_args<float>(layers, kinds, scale, l2, sizes, theta, x, targets, log), u, m, scores,
+                         threads);
+      },
+      Free());
+  m.def(
+      "mlp_gradient_cpu",
+      [](bool twice, const std::vector<LayerSpec>& layers, const Kinds& kinds, double scale,
+         const std::array<Index, 3>& sizes, const Table& theta, const Table& x, Address targets,
+         const std::array<Address, 5>& log, const Table& out, int threads) {
+        if (twice)
+          return cpu::mlp_gradient(mlp_args<double>(layers, kinds, scale, 0, sizes, theta, x, targets, log),
+                                   pointer<double>(out.first), out.second, threads);
+        cpu::mlp_gradient(mlp_args<float>(layers, kinds, scale, 0, sizes, theta, x, targets, log),
+                          pointer<float>(out.first), out.second, threads);
       },
       Free());
   m.def("use_blas", &cpu::use_blas, py::arg("allowed"));

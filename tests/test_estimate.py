@@ -33,10 +33,14 @@ def linear_net(*sizes):
     return nn.Sequential(*(nn.Linear(i, o) for i, o in pairwise(sizes)))
 
 
-@pytest.mark.parametrize(("hessian", "shared", "per_column"), [("exact", 3, 6), ("ggn", 5, 4)])
-def test_flops_of_a_linear_net_by_hand(hessian, shared, per_column):
+@pytest.mark.parametrize(
+    ("backend", "hessian", "shared", "per_column"),
+    [("generic", "exact", 3, 6), ("generic", "ggn", 5, 4), ("native", "exact", 2, 6), ("native", "none", 2, 1)],
+)
+def test_flops_of_a_linear_net_by_hand(backend, hessian, shared, per_column):
     trajectory, problem, validation = run_of(linear_net(7, 5, 3), 7, 3)
-    found = dit.estimate_score(trajectory, problem, dit.queries.loss(*validation), WINDOWS, hessian=hessian, check=False)
+    query = dit.queries.loss(*validation)
+    found = dit.estimate_score(trajectory, problem, query, WINDOWS, hessian=hessian, backend=backend, check=False)
     F = 2 * B * (7 * 5 + 5 * 3)
     assert found.forward_flops == F
     # three columns: one ends at step 3, two at step 6
@@ -186,7 +190,7 @@ def test_memory_of_retraining():
 
 def test_it_reads_as_a_sentence():
     trajectory, problem, validation = run_of(linear_net(7, 3), 7, 3)
-    found = dit.estimate_score(trajectory, problem, dit.queries.loss(*validation))
+    found = dit.estimate_score(trajectory, problem, dit.queries.loss(*validation), backend="generic")
     cost = r"[\d.]+ [kMG]FLOP, \S+ \w?i?B of memory, 0 B read"
     assert re.fullmatch(
         rf"ScoreEstimate\(1 columns, 1 sweeps, generic: {cost}; RetrainEstimate\(20 models, 1 passes: {cost}\)\)", repr(found)

@@ -21,7 +21,7 @@ ALLOWED = {
     "analysis": "",
     "data": "",
     "ops": "_C",
-    "ops_torch": "",
+    "ops_torch": "ops",
     "modules": "errors",
     # the log
     "ranks": "errors",
@@ -46,9 +46,11 @@ ALLOWED = {
     "linearize": "data errors problem",
     "plan": "byte_sizes linearize problem trajectory",
     "sweep": "errors plan problem replay",
+    "recognize": "ops problem",
+    "native": "data errors linearize log ops optimizers plan problem queries recognize sweep",
     "factors": "linearize ops problem sweep",
     "retrain": "byte_sizes data guard plan problem progress queries replay result trajectory",
-    "score": "factors guard linearize plan problem progress queries replay result retrain sweep trajectory",
+    "score": "factors guard linearize native plan problem progress queries recognize replay result retrain sweep trajectory",
     "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
     "reference": "data problem progress queries result trajectory",
     # what users meet

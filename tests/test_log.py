@@ -155,6 +155,19 @@ def test_more_chunks_than_are_kept_open(tmp_path):
     assert [float(v) for v in kept] == [float(rows[t, 6]) for t in range(20, -1, -1)]
 
 
+def test_rows_of_any_range_across_chunks(log):
+    rows, _ = write_log(log.parent / "again")
+    trajectory = dit.Trajectory.open(log.parent / "again")
+    T = trajectory.num_steps
+    for start in range(T + 2):
+        for stop in range(start, T + 2):
+            assert torch.equal(trajectory.rows(start, stop), rows[start:stop])
+    assert [step.ids.tolist() for step in trajectory.steps(1, T)] == [trajectory.batch_ids(t).tolist() for t in range(1, T)]
+    for start, stop in ((-1, 2), (0, T + 2), (3, 1)):
+        with pytest.raises(ValueError):
+            trajectory.rows(start, stop)
+
+
 def test_reading_never_writes_to_the_file(log):
     before = (log / "chunk-000000.safetensors").read_bytes()
     dit.Trajectory.open(log).params(0)["b"].fill_(9.0)

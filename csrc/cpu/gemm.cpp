@@ -34,6 +34,8 @@ bool works(Gemm<Real> gemm) {
 struct Blas {
   Gemm<float> single = nullptr;
   Gemm<double> twice = nullptr;
+  // MKL's; sets the number of threads of the calling thread (0: as the process has it) and returns the one before
+  int (*set_local_threads)(int) = nullptr;
   const char* name = "built-in";
 
   Blas() {
@@ -41,6 +43,7 @@ struct Blas {
     void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
     if (torch && take(torch)) {
       name = "libtorch_cpu.so sgemm_/dgemm_";
+      set_local_threads = reinterpret_cast<int (*)(int)>(dlsym(torch, "MKL_Set_Num_Threads_Local"));
     } else if (take(RTLD_DEFAULT)) {
       name = "process sgemm_/dgemm_";
     }
@@ -67,6 +70,9 @@ const Blas& blas() {
 }
 
 std::atomic<bool> blas_allowed{true};
+
+// In this thread: inside a SerialBlas that could not tell the BLAS.
+thread_local bool blas_avoided = false;
 
 bool fits_blas(Index rows, Index columns, Index leading) {
   const Index limit = std::numeric_limits<std::int32_t>::max();
@@ -164,7 +170,8 @@ void gemm(Op op_a, Op op_b, Index m, Index n, Index k, const Real* a, Index lda,
   if (m == 0 || n == 0) return;
   const bool fits = fits_blas(m, n, ldc) && (op_a == Op::none ? fits_blas(m, k, lda) : fits_blas(k, m, lda)) &&
                     (op_b == Op::none ? fits_blas(k, n, ldb) : fits_blas(n, k, ldb));
-  const Gemm<Real> torch_gemm = blas_allowed.load(std::memory_order_relaxed) ? blas().get(Real{}) : nullptr;
+  const Gemm<Real> torch_gemm =
+      blas_allowed.load(std::memory_order_relaxed) && !blas_avoided ? blas().get(Real{}) : nullptr;
   if (!torch_gemm || !fits) {
     built_in_gemm(op_a, op_b, m, n, k, a, lda, b, ldb, beta, c, ldc, threads);
     return;
@@ -178,6 +185,20 @@ void gemm(Op op_a, Op op_b, Index m, Index n, Index k, const Real* a, Index lda,
 template void gemm(Op, Op, Index, Index, Index, const float*, Index, const float*, Index, float, float*, Index, int);
 template void gemm(Op, Op, Index, Index, Index, const double*, Index, const double*, Index, double, double*, Index,
                    int);
+
+SerialBlas::SerialBlas() {
+  if (blas().set_local_threads)
+    before_ = blas().set_local_threads(1);
+  else
+    blas_avoided = true;
+}
+
+SerialBlas::~SerialBlas() {
+  if (blas().set_local_threads)
+    blas().set_local_threads(before_);
+  else
+    blas_avoided = false;
+}
 
 bool use_blas(bool allowed) {
   blas_allowed = allowed;

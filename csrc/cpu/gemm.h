@@ -17,6 +17,19 @@ template <class Real>
 void gemm(Op op_a, Op op_b, Index m, Index n, Index k, const Real* a, Index lda, const Real* b, Index ldb, Real beta,
           Real* c, Index ldc, int threads);
 
+// While it lives, products asked for in this thread run in this thread alone: torch's BLAS is told so, or not used
+// where it cannot be told (a BLAS inside a parallel region would start threads of its own).
+class SerialBlas {
+ public:
+  SerialBlas();
+  ~SerialBlas();
+  SerialBlas(const SerialBlas&) = delete;
+  SerialBlas& operator=(const SerialBlas&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
 // Forces the built-in product (false) or allows torch's (true, the default); says whether torch's is now in use.
 bool use_blas(bool allowed);
 

@@ -3,6 +3,7 @@
 import hashlib
 import operator
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ class Arrays:
         self.num_samples = largest + 1 if header.num_samples is None else header.num_samples
         self._counts = update_counts(header, torch.zeros(len(header.parameters), dtype=torch.int64), steps)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Over all that a result can depend on."""
         digest = hashlib.sha256(repr((self.header, self.marks, self.num_samples)).encode())
@@ -51,6 +52,10 @@ class Arrays:
 
     def segment(self, t: int) -> tuple[int, int]:
         return 0, self.num_steps
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        dtype = self.header.row_dtype
+        return torch.cat([value[start:stop].flatten(1).to(dtype) for value in self._params.values()], 1)
 
     def step(self, t: int) -> Step:
         return self._steps[t]

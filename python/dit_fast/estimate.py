@@ -17,7 +17,7 @@ from dit_fast.problem import Evaluator, Params, Problem
 from dit_fast.queries import Query
 from dit_fast.replay import Replay
 from dit_fast.retrain import bytes_per_model, models_at_once
-from dit_fast.score import check_options, choose_linearizer
+from dit_fast.score import check_options, choose_sweep
 from dit_fast.trajectory import Trajectory, Window
 
 Result = TypeVar("Result")
@@ -28,6 +28,9 @@ SHARED = {"exact": 3, "ggn": 5, "fisher": 3, "none": 3}
 PER_COLUMN = {"exact": 6, "ggn": 4, "fisher": 4, "none": 2}
 PER_COLUMN_FACTORS = {"fisher": 2, "none": 1}
 PER_COLUMN_FORWARD_OVER_REVERSE = 9
+# the compiled sweep takes no weight gradient of its own: forward and backward once, then dual numbers per column
+SHARED_NATIVE = 2
+PER_COLUMN_NATIVE = {"exact": 6, "ggn": 4, "none": 1}
 # a forward and a backward pass
 GRADIENT = 3
 
@@ -183,10 +186,12 @@ def _adjoint(cost: _Cost, hessian: Hessian, backend: str) -> dict[str, Any]:
     made, mix = plan.columns(cost.windows, sum(cost.sizes))
     per_sweep = plan.columns_per_sweep(cost.budget, ev.num_parameters, num_samples, ev.dtype.itemsize, cost.num_blocks)
     chunks = [made[start : start + per_sweep] for start in range(0, len(made), per_sweep)]
-    _, meta = choose_linearizer(ev, hessian, backend, min(per_sweep, len(made)), cost.budget)
+    _, meta = choose_sweep(ev, hessian, backend, min(per_sweep, len(made)), Replay(ev, False, 0), cost.budget, [])
     shared, per_column = SHARED[hessian], PER_COLUMN[hessian]
     if meta["backend"] == "factors":
         per_column = PER_COLUMN_FACTORS[hessian]
+    elif meta["backend"] == "native":
+        shared, per_column = SHARED_NATIVE, PER_COLUMN_NATIVE[hessian]
     elif meta["mode"] == "forward_over_reverse":
         per_column = PER_COLUMN_FORWARD_OVER_REVERSE
     swept = replayed = asked = 0

@@ -108,6 +108,18 @@ class LogReader:
         chunk = self._chunk(min(t, self.num_steps - 1))
         return chunk, t - chunk.row.start
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        """θ[start] … θ[stop − 1], flat: [n, P]; a view where they lie in one chunk."""
+        pieces = []
+        while start < stop:
+            chunk = self._chunk(min(start, self.num_steps - 1))
+            piece = chunk.rows[start - chunk.row.start : stop - chunk.row.start]
+            pieces.append(piece)
+            start += len(piece)
+        if not pieces:
+            return torch.empty(0, self.header.row_size, dtype=self.header.row_dtype)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
     def step(self, t: int) -> Step:
         """What step t was made of, 0 ≤ t < T."""
         chunk, at = self._at(t)

@@ -1,7 +1,13 @@
 """Plain-torch twins of dit_fast.ops: the same names, arguments and results, in a few lines that can be read at once."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+from torch.func import grad, jvp, vjp
+from torch.nn import functional as F
+
+from dit_fast.ops import SETTINGS, Mlp, MlpSteps
 
 
 def grad_dot(dots: Tensor, delta: Tensor, activations: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -24,3 +30,124 @@ def lowrank_update(weight: Tensor, bias: Tensor | None, coefficients: Tensor, de
     weight += torch.einsum("kb,bso,bsi->koi", coefficients, delta, activations.double()).to(weight.dtype)
     if bias is not None:
         bias += torch.einsum("kb,bso->ko", coefficients, delta).to(bias.dtype)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "identity": lambda z, slope: z,
+    "relu": lambda z, slope: z.relu(),
+    "leaky_relu": lambda z, slope: F.leaky_relu(z, slope),
+    "tanh": lambda z, slope: z.tanh(),
+    "sigmoid": lambda z, slope: z.sigmoid(),
+    "silu": lambda z, slope: F.silu(z),
+    "gelu": lambda z, slope: F.gelu(z),
+    "gelu_tanh": lambda z, slope: F.gelu(z, approximate="tanh"),
+}
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": lambda y, target: F.cross_entropy(y, target, reduction="none"),
+    "bce_logits": lambda y, target: F.binary_cross_entropy_with_logits(y, target, reduction="none").sum(1),
+    "squared_error": lambda y, target: (y - target).square().sum(1),
+}
+
+
+def _mlp_output(net: Mlp, theta: Tensor, x: Tensor) -> Tensor:
+    h = x
+    for layer in net.layers:
+        weight = theta[layer.weight : layer.weight + layer.outputs * layer.inputs]
+        bias = None if layer.bias is None else theta[layer.bias : layer.bias + layer.outputs]
+        h = _ACTIVATIONS[layer.activation](F.linear(h, weight.view(layer.outputs, layer.inputs), bias), layer.slope)
+    return h
+
+
+def mlp_gradient(net: Mlp, theta: Tensor, x: Tensor, targets: Tensor, coefficients: Tensor, gradients: Tensor) -> None:
+    """gradients[t] += Σ_b a_b ∇ℓ_b(θ[t]) by autograd; arguments and errors: dit_fast.ops.mlp_gradient."""
+
+    def total(point: Tensor) -> Tensor:
+        losses = net.loss_scale * _LOSSES[net.loss](_mlp_output(net, point, x), targets)
+        return (coefficients.to(losses.dtype) * losses).sum()
+
+    for t in range(len(theta)):
+        gradients[t] += grad(total)(theta[t])
+
+
+class MlpSweep:
+    """The adjoint steps of dit_fast.ops.MlpSweep, same arguments and results, one step and column at a time by autograd."""
+
+    def __init__(
+        self,
+        net: Mlp,
+        steps: MlpSteps,
+        blocks: Sequence[Tensor | None],
+        momenta: Sequence[Tensor | None] | None,
+        scores: Tensor,
+        *,
+        l2: float = 0.0,
+        hessian: str = "exact",
+    ) -> None:
+        self.net, self.steps, self.blocks, self.momenta, self.scores = net, steps, blocks, momenta, scores
+        self.l2, self.hessian = l2, hessian
+
+    def run(self, start: int, stop: int, num_columns: int) -> int | None:
+        """Steps stop − 1 … start for the first `num_columns` columns; the step whose scores are not finite, None if all are."""
+        s = self.steps
+        for t in reversed(range(start, stop)):
+            batch = slice(int(s.offsets[t]), int(s.offsets[t + 1]))
+            x, target, a = s.x[s.rows[batch]], s.targets[s.rows[batch]], s.coefficients[batch]
+            for k in range(num_columns):
+                c = torch.zeros_like(s.theta[t])
+                for place, _, i in self._places():
+                    c[place] = self._cotangent(i, k, t).flatten()
+                dots, hvp = self._pull(s.theta[t], c, x, target, a.to(c.dtype))
+                if not torch.isfinite(dots).all():
+                    return t
+                self.scores[k].index_add_(0, s.ids[batch], a * dots.double(), alpha=-1)
+                for place, p, _ in self._places():
+                    p[k] += hvp[place].view_as(p[k])
+        return None
+
+    def _places(self) -> list[tuple[slice, Tensor, int]]:
+        starts = [at for layer in self.net.layers for at in (layer.weight, layer.bias)]
+        pairs = [(at, block, i) for i, (at, block) in enumerate(zip(starts, self.blocks, strict=True))]
+        return [(slice(at, at + p[0].numel()), p, i) for at, p, i in pairs if at is not None and p is not None]
+
+    def _cotangent(self, i: int, k: int, t: int) -> Tensor:
+        """c of one parameter; its u takes the weight decay, its m the rule's."""
+        lr, wd, momentum, dampening, nesterov, first = self.steps.settings[t, i].tolist()
+        block = self.blocks[i]
+        assert block is not None and len(SETTINGS) == 6
+        u, r = block[k], -lr * block[k]
+        c = r
+        if momentum:
+            assert self.momenta is not None
+            m = self.momenta[i]
+            assert m is not None
+            buffer = m[k] + (momentum * r if nesterov else r)
+            c = (1 if first else 1 - dampening) * buffer + (r if nesterov else 0)
+            m[k] = momentum * buffer
+        u += wd * c
+        return c
+
+    def _pull(self, theta: Tensor, c: Tensor, x: Tensor, target: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        def output(theta: Tensor) -> Tensor:
+            return _mlp_output(self.net, theta, x)
+
+        def losses(y: Tensor) -> Tensor:
+            return self.net.loss_scale * _LOSSES[self.net.loss](y, target)
+
+        def total(y: Tensor) -> Tensor:
+            return (a * losses(y)).sum()
+
+        def regularized(theta: Tensor) -> Tensor:
+            return losses(output(theta)) + 0.5 * self.l2 * theta.square().sum()
+
+        def batch_loss(theta: Tensor) -> Tensor:
+            return total(output(theta))
+
+        dots: Tensor = jvp(regularized, (theta,), (c,))[1]
+        hvp = (0.0 if self.hessian == "none" else self.l2 * a.sum()) * c
+        if self.hessian == "exact":
+            hvp = hvp + jvp(grad(batch_loss), (theta,), (c,))[1]
+        elif self.hessian == "ggn":
+            y, tangent = jvp(output, (theta,), (c,))[:2]
+            curved = jvp(grad(total), (y,), (tangent,))[1]
+            hvp = hvp + vjp(output, theta)[1](curved)[0]
+        return dots, hvp

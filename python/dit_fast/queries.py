@@ -35,12 +35,14 @@ class Query:
     """`size` scalars of a model called `label`; made by the functions of this module.
 
     size is None where only the model tells (`custom`). `by_step` holds ready gradients (`gradients`) in place of parts.
+    `batch`: what `unpack` takes, where the query is the mean per-sample loss over it (`loss`).
     """
 
     label: str
     size: int | None
     parts: tuple[Part, ...] = ()
     by_step: Mapping[int, Tensor] | None = None
+    batch: Any = None
 
     def names(self, size: int) -> list[str]:
         """A label for each of the `size` values."""
@@ -57,7 +59,7 @@ def loss(x: Any, y: Any = None) -> Query:
     def part(piece: Any) -> Part:
         return Part(slice(0, 1), lambda model, ev: _losses(model, ev, piece).sum().reshape(1) / size)
 
-    return Query("loss", 1, tuple(part(piece) for _, piece in pieces))
+    return Query("loss", 1, tuple(part(piece) for _, piece in pieces), batch=x if y is None else (x, y))
 
 
 def losses(x: Any, y: Any = None) -> Query:

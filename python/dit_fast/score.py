@@ -1,25 +1,29 @@
 """score(): validates, guards, sweeps once, assembles."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_fast import factors, plan, queries
+from dit_fast import factors, native, plan, queries
 from dit_fast.guard import check_problem
 from dit_fast.linearize import HESSIANS, Hessian, choose_mode, linearize
 from dit_fast.problem import Batch, Evaluator, Params, Problem
 from dit_fast.progress import progress_bar
 from dit_fast.queries import Query
+from dit_fast.recognize import NotCompiled
 from dit_fast.replay import Replay
 from dit_fast.result import Influence
 from dit_fast.retrain import leave_one_out
-from dit_fast.sweep import Linearizer, sweep
+from dit_fast.sweep import Linearizer, QueryGradients, sweep
 from dit_fast.trajectory import Trajectory, Window
 
-BACKENDS = ("auto", "generic", "factors")
+Sweep = Callable[[list[plan.Column], QueryGradients, Callable[..., object]], Tensor]
+
+BACKENDS = ("auto", "generic", "native", "factors")
 
 
 def score(
@@ -58,7 +62,8 @@ def score(
     method: "adjoint", or "retrain" = every score by true retraining (`leave_one_out`).
     refine: this many samples per window and query, those of largest |score|, get their true score by retraining;
         `result.retrained` marks them.
-    backend: "generic" for any module; "factors" for nets of linear layers with hessian "fisher" or "none"; "auto" picks.
+    backend: "native" for feed-forward nets, compiled, on the CPU; "factors" for nets of linear layers with hessian "fisher"
+        or "none"; "generic" for any module; "auto" = the first of these that fits. `meta["why"]` says why.
     dtype, device: of the computation; None = the log's widest, and the model's device.
     memory_budget: bytes or "2GiB"; columns that do not fit travel in several sweeps. None = 0.6 of what is free.
     check: replay three steps first and refuse a problem that does not reproduce them (ValueError with the likely cause).
@@ -128,21 +133,70 @@ def _adjoint_scores(
     blocks = 1 + len(ev.trajectory.slots)
     per_sweep = plan.columns_per_sweep(budget, ev.num_parameters, num_samples, ev.dtype.itemsize, blocks)
     chunks = [made[start : start + per_sweep] for start in range(0, len(made), per_sweep)]
-    linearizer, meta = choose_linearizer(ev, hessian, backend, min(per_sweep, len(made)), budget)
+    at_ends = asked if query_at == "endpoint" else []
+    run, meta = choose_sweep(ev, hessian, backend, min(per_sweep, len(made)), replay, budget, at_ends)
+
+    @lru_cache(maxsize=1)
+    def gradients_at(t: int) -> Params:
+        return queries.gradients_at(ev, t, replay.params(t), asked)
 
     def gradients(t: int) -> Params:
-        point = t if query_at == "endpoint" else ev.trajectory.num_steps
-        return queries.gradients_at(ev, point, replay.params(point), asked)
+        return gradients_at(t if query_at == "endpoint" else ev.trajectory.num_steps)
 
     swept = []
     steps = sum(chunk[0].stop for chunk in chunks)
     with progress_bar(steps, "sweep", show_progress) as bar:
         for chunk in chunks:
-            swept.append(sweep(ev, chunk, linearizer, replay, gradients, num_samples, bar.update).cpu())
+            try:
+                swept.append(run(chunk, gradients, bar.update).cpu())
+            except NotCompiled as reason:  # something on the way was not as the first batch showed it
+                run, meta = choose_sweep(ev, hessian, backend, min(per_sweep, len(made)), replay, budget, at_ends, str(reason))
+                swept.append(run(chunk, gradients, bar.update).cpu())
     scores = (mix @ torch.cat(swept)).reshape(len(windows), num_queries, num_samples)
     if replay.is_needed:
         meta = meta | {"replayed": "parameters" if ev.trajectory.every > 1 else "optimizer state", "replay_drift": replay.drift}
     return scores, meta | {"columns": len(made), "sweeps": len(chunks)}
+
+
+def choose_sweep(
+    ev: Evaluator,
+    hessian: Hessian,
+    backend: str,
+    num_columns: int,
+    replay: Replay,
+    budget: int,
+    asked: Sequence[Query],
+    refused: str = "",
+) -> tuple[Sweep, dict[str, Any]]:
+    """The sweep of a chunk of columns, and what it is and why; refused: why it is not to be the compiled one.
+
+    asked: the queries where they are asked at each end of a window, so that their gradients can be taken together.
+    """
+    num_samples = ev.num_samples
+    if backend in ("auto", "native"):
+        try:
+            if refused:
+                raise NotCompiled(refused)
+            compiled = native.prepare(ev, hessian)
+        except NotCompiled as reason:
+            if backend == "native":
+                raise ValueError(f"backend='native' cannot be used: {reason}") from reason
+            refused = f"not native: {reason}"
+        else:
+            why = f"compiled: {compiled.recognized.description}; agrees with the generic path on the first batch"
+
+            def run(columns: list[plan.Column], gradients: QueryGradients, progress: Callable[..., object]) -> Tensor:
+                points = sorted({t for column in columns for t in (column.start, column.stop) if t})
+                at = native.query_gradients(ev, compiled, asked, points, gradients)
+                return native.sweep(ev, columns, compiled, at, num_samples, progress)
+
+            return run, {"backend": "native", "why": why}
+    linearizer, meta = choose_linearizer(ev, hessian, backend, num_columns, budget)
+    meta["why"] = "; ".join(filter(None, [refused, meta["why"]])) or f"backend={backend!r} was asked for"
+    return (
+        lambda columns, gradients, progress: sweep(ev, columns, linearizer, replay, gradients, num_samples, progress),
+        meta,
+    )
 
 
 def choose_linearizer(
@@ -150,10 +204,11 @@ def choose_linearizer(
 ) -> tuple[Linearizer, dict[str, Any]]:
     """The primitive for this net and curvature, and what it is."""
     params, batch = ev.params(0), ev.batches(0)[0]
+    refusal: str | None = ""
     if backend != "generic":
         refusal = factors.refusal(ev, params, batch, hessian)
         if refusal is None:
-            return factors.linearizer(ev, hessian), {"backend": "factors"}
+            return factors.linearizer(ev, hessian), {"backend": "factors", "why": "a net of linear layers"}
         if backend == "factors":
             raise ValueError(f"backend='factors' cannot be used: {refusal}")
     mode, together = choose_mode(ev, params, batch, hessian)
@@ -162,7 +217,8 @@ def choose_linearizer(
     def generic(params: Params, batch: Batch) -> Any:
         return linearize(ev, params, batch, hessian, mode, limit)
 
-    return generic, {"backend": "generic", "mode": mode, "columns_per_pull": min(limit, num_columns)}
+    why = f"not factors: {refusal}" if refusal else ""
+    return generic, {"backend": "generic", "why": why, "mode": mode, "columns_per_pull": min(limit, num_columns)}
 
 
 def check_options(hessian: str, query_at: str, method: str, backend: str, refine: int) -> None:

@@ -39,7 +39,7 @@ def sweep(
     active = 0
     for t in reversed(range(columns[0].stop)):
         if t + 1 in ends:
-            active = _at_endpoint(t + 1, columns, u, query_gradients(t + 1))
+            active = join_and_leave(t + 1, columns, {name: blocks[0] for name, blocks in u.items()}, query_gradients(t + 1))
         travelling = {name: [block[:active] for block in blocks] for name, blocks in u.items()}
         for batch, dots in _step(ev, t, replay.at(t), travelling, linearize):
             # score_j −= a_j ⟨c, ∇ℓ_j⟩; an id that occurs twice counts twice
@@ -94,12 +94,13 @@ def _cotangent(ev: Evaluator, t: int, point: Point, gradient: Params, u: dict[st
     return trajectory.clip.adjoint(cotangent, gradient)
 
 
-def _at_endpoint(t: int, columns: Sequence[Column], u: dict[str, list[Tensor]], gradients: Params) -> int:
+def join_and_leave(t: int, columns: Sequence[Column], block: Params, gradients: Params) -> int:
     """Columns that start at t lose q(t), those that stop there begin with it; the number of columns then travelling."""
-    for k, column in enumerate(columns):
-        for name, rows in gradients.items():
-            if column.start == t:
-                u[name][0][k] -= rows[column.query]
-            elif column.stop == t:
-                u[name][0][k] = rows[column.query]
+    leaving = [(k, column.query) for k, column in enumerate(columns) if column.start == t]
+    joining = [(k, column.query) for k, column in enumerate(columns) if column.stop == t]
+    for name, rows in gradients.items():
+        for k, query in leaving:
+            block[name][k].sub_(rows[query])
+        for k, query in joining:
+            block[name][k].copy_(rows[query])
     return sum(column.stop >= t for column in columns)

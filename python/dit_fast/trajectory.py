@@ -40,6 +40,7 @@ class _Source(Protocol):
     @property
     def digest(self) -> str: ...
     def params(self, t: int) -> dict[str, Tensor] | None: ...
+    def rows(self, start: int, stop: int) -> Tensor: ...
     def state(self, t: int) -> dict[str, State] | None: ...
     def counts(self, t: int) -> Tensor: ...
     def segment(self, t: int) -> tuple[int, int]: ...
@@ -211,6 +212,21 @@ class Trajectory:
         """Names of the parameters that had no gradient in step t and were left alone by the optimizer."""
         names = list(self.parameters)
         return {names[position] for position in self._step(t).absent}
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """θ[start] … θ[stop − 1], 0 ≤ start ≤ stop ≤ T + 1: [n, P], flat in the order of `parameters`, in their widest dtype.
+
+        A view of the log where its chunks allow; not to be written to.
+        """
+        first, last = (self._checked(t, self.num_steps + 1) for t in (start, stop))
+        if first > last:
+            raise ValueError(f"rows {first}..{last} are reversed")
+        return self._source.rows(first, last)
+
+    def steps(self, start: int, stop: int) -> list[Step]:
+        """What the steps start ≤ t < stop were made of: ids, coefficients, micro-batches, settings."""
+        first, last = (self._checked(t, self.num_steps) for t in (start, stop))
+        return [self._source.step(t) for t in range(first, last)]
 
     def batch_ids(self, t: int) -> Tensor:
         """S_t, the sample ids of step t: int64 [B]."""

@@ -1,0 +1,298 @@
+"""The compiled whole-sweep path for feed-forward nets: many steps and all columns in one call of `ops.MlpSweep`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit_fast import ops
+from dit_fast.data import default_unpack
+from dit_fast.errors import LogError
+from dit_fast.linearize import Hessian, linearize
+from dit_fast.log import Step
+from dit_fast.optimizers import SGD
+from dit_fast.plan import Column
+from dit_fast.problem import Batch, Evaluator, Params
+from dit_fast.queries import CHUNK, Query
+from dit_fast.recognize import NotCompiled, Recognized, check_targets, recognize
+from dit_fast.sweep import QueryGradients
+
+# the compiled path must meet the generic one on a batch of the log
+COMPARED_SAMPLES = 16
+AGREEMENT = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+# a call does about this much work (0.05 s at 20 GFLOP/s), so that Ctrl-C and progress do not wait longer
+CALL_FLOPS = 1e9
+# numbers of the log and of the data that are copied at a time where they cannot be used in place
+SLICE_NUMBERS = 1 << 24
+# numbers of float32 in half a vector register, which the products take as a whole
+LINE = 8
+
+
+@dataclass(frozen=True)
+class Native:
+    """What `sweep` needs to know: the net, the curvature, and the data as rows [N, I] and targets where they fit in place."""
+
+    recognized: Recognized
+    hessian: Hessian
+    data: tuple[Tensor, Tensor] | None
+
+
+def prepare(ev: Evaluator, hessian: Hessian) -> Native:
+    """The compiled path of this problem, proved on the first batch of the log; NotCompiled says why there is none."""
+    if ev.device.type != "cpu":
+        raise NotCompiled(f"it runs on the CPU, not on {ev.device}")
+    if hessian not in ops.CURVATURES:
+        raise NotCompiled(f"hessian={hessian!r} is not compiled")
+    rules = ev.trajectory.optimizer
+    if not all(type(rule) is SGD for rule in rules):
+        raise NotCompiled(f"{rules[0].kind} is not compiled")
+    if any(rule.maximize for rule in rules):
+        raise NotCompiled("maximize is not compiled")
+    if ev.trajectory.clip:
+        raise NotCompiled("clipped gradients are not compiled")
+    if ev.trajectory.every > 1:
+        raise NotCompiled("it needs the parameters of every step, and this log was written with every > 1")
+    if ev.trajectory.stores_batches or ev.trajectory.rng is not None:
+        raise NotCompiled("the log holds batches or dropout's masks of its own")
+    step = ev.trajectory.steps(0, 1)[0]
+    # a few samples show all there is to see
+    size = min(COMPARED_SAMPLES, step.micro_sizes[0])
+    params, batch = ev.params(0), ev.batch(0, step.ids[:size], step.coefficients[:size])
+    recognized = recognize(ev, params, batch)
+    native = Native(recognized, hessian, _whole_data(ev, recognized))
+    _compare(ev, native, params, batch)
+    return native
+
+
+def sweep(
+    ev: Evaluator,
+    columns: Sequence[Column],
+    native: Native,
+    query_gradients: QueryGradients,
+    num_samples: int,
+    progress: Callable[..., object],
+) -> Tensor:
+    """Scores [K, N] float64, as `sweep.sweep` gives them; progress(n) is called after every n steps.
+
+    Raises NotCompiled where data that is fetched on the way turns out to have targets of another kind.
+    """
+    capacity = _padded(native, len(columns), 2 * LINE)  # rows of the first layer's block then begin on cache lines
+    scores = torch.zeros(capacity, num_samples, dtype=torch.float64)
+    blocks = _blocks(ev, native, capacity)
+    momenta = None
+    if any(getattr(rule, "momentum", 0) for rule in ev.trajectory.optimizer):
+        momenta = _blocks(ev, native, capacity)
+    views = {name: block.unbind(0) for name, block in blocks.items()}
+    ends = {t for column in columns for t in (column.start, column.stop) if t} | {0}
+    t = columns[0].stop
+    active, flops = 0, _flops_per_column(ev, native)
+    loaded = range(t, t)
+    engine: ops.MlpSweep | None = None
+    while t > 0:
+        if t in ends:
+            _join_and_leave(t, columns, views, query_gradients(t))
+            active = sum(column.stop >= t for column in columns)
+        if t <= loaded.start or engine is None:
+            loaded = range(_slice_start(ev, native, t), t)
+            engine = _engine(ev, native, loaded, blocks, momenta, scores)
+        boundary = max(end for end in ends if end < t)
+        start = max(boundary, loaded.start, t - max(1, int(CALL_FLOPS / (flops * active))))
+        bad = engine.run(start - loaded.start, t - loaded.start, _padded(native, active))
+        if bad is not None:
+            bad += loaded.start
+            raise LogError(f"step {bad}: a score is NaN or infinite; the sweep cannot pass this step (try dtype=torch.float64)")
+        progress(t - start)
+        t = start
+    if not torch.isfinite(scores).all():
+        raise LogError("some scores are NaN or infinite (try dtype=torch.float64, or check=True to test the log)")
+    return scores[: len(columns)]
+
+
+def _join_and_leave(t: int, columns: Sequence[Column], views: dict[str, tuple[Tensor, ...]], gradients: Params) -> None:
+    """`sweep.join_and_leave` on the blocks' columns."""
+    leaving = [(k, column.query) for k, column in enumerate(columns) if column.start == t]
+    joining = [(k, column.query) for k, column in enumerate(columns) if column.stop == t]
+    for name, rows in gradients.items():
+        for k, query in leaving:
+            views[name][k].sub_(rows[query])
+        for k, query in joining:
+            views[name][k].copy_(rows[query])
+
+
+def query_gradients(
+    ev: Evaluator, native: Native, asked: Sequence[Query], points: Sequence[int], generic: QueryGradients
+) -> QueryGradients:
+    """q(t) for the points t: compiled, all at once, where the query is a loss over a set of samples; else `generic`.
+
+    One of the points is compared with the generic gradient: queries run in eval mode, of which the net was not read.
+    """
+    if len(asked) != 1 or asked[0].batch is None or len(points) < 2 or len(points) * ev.num_parameters > SLICE_NUMBERS:
+        return generic
+    theta = torch.cat([ev.trajectory.rows(t, t + 1) for t in points]).to(ev.dtype)
+    args, kwargs, target = ev.unpack(asked[0].batch)
+    recognized, first = native.recognized, generic(points[0])
+    try:
+        x, targets = recognized.inputs(*args, **kwargs), recognized.targets(target, ev.dtype)
+        flat = torch.zeros_like(theta, memory_format=torch.contiguous_format)
+        for start in range(0, len(x), CHUNK):
+            rows = slice(start, start + CHUNK)
+            weights = torch.full((len(x[rows]),), 1 / len(x), dtype=torch.float64)
+            ops.mlp_gradient(recognized.net, theta, x[rows], targets[rows], weights, flat)
+    except (TypeError, ValueError, RuntimeError):  # not the inputs or targets of this net
+        return generic
+    pieces = flat.split([shape.numel() for shape in ev.shapes.values()], 1)
+    found = {name: piece.reshape(-1, 1, *ev.shapes[name]) for name, piece in zip(ev.shapes, pieces, strict=True)}
+    scale = max(float(value.abs().max()) for value in first.values())
+    if not all(float((found[n][0] - value).abs().max()) <= AGREEMENT[ev.dtype] * scale for n, value in first.items()):
+        return generic
+    position = {t: i for i, t in enumerate(points)}
+    return lambda t: {name: value[position[t]] for name, value in found.items()}
+
+
+def _padded(native: Native, num_columns: int, line: int = LINE) -> int:
+    """As many columns as fit the lines that `num_columns` of the first layer take; those added are zero."""
+    outputs = native.recognized.net.layers[0].outputs
+    if line % outputs or num_columns * outputs == 1:
+        return num_columns
+    return -(-num_columns * outputs // line) * line // outputs
+
+
+def _blocks(ev: Evaluator, native: Native, num_columns: int) -> Params:
+    first = native.recognized.parameters[0]
+    return {name: ops.mlp_block(num_columns, shape, ev.dtype, name == first) for name, shape in ev.shapes.items()}
+
+
+def _flops_per_column(ev: Evaluator, native: Native) -> float:
+    """Of one step and column, for a batch of the size of the first: 6F, F = 2·B·ΣIO."""
+    return 12.0 * len(ev.trajectory.batch_ids(0)) * sum(la.inputs * la.outputs for la in native.recognized.net.layers)
+
+
+def _slice_start(ev: Evaluator, native: Native, stop: int) -> int:
+    """The first of the steps before `stop` that are handed over together."""
+    numbers = ev.num_parameters
+    if native.data is None:
+        numbers += len(ev.trajectory.batch_ids(stop - 1)) * native.recognized.net.layers[0].inputs
+    return max(0, stop - max(1, SLICE_NUMBERS // numbers))
+
+
+def _engine(
+    ev: Evaluator, native: Native, loaded: range, blocks: Params, momenta: Params | None, scores: Tensor
+) -> ops.MlpSweep:
+    names = native.recognized.parameters
+    own = [None if name is None else blocks[name] for name in names]
+    own_momenta = None if momenta is None else [None if name is None else momenta[name] for name in names]
+    steps = _steps(ev, native, loaded)
+    net = native.recognized.net
+    return ops.MlpSweep(net, steps, own, own_momenta, scores, l2=ev.l2, hessian=native.hessian)
+
+
+def _steps(ev: Evaluator, native: Native, loaded: range) -> ops.MlpSteps:
+    logged = ev.trajectory.steps(loaded.start, loaded.stop)
+    theta = ev.trajectory.rows(loaded.start, loaded.stop).to(ev.dtype)
+    if not torch.isfinite(theta.sum(1)).all():  # a sum may overflow itself: the exact check is the evaluator's
+        for t in loaded:
+            ev.params(t)
+    ids = torch.cat([step.ids for step in logged])
+    if native.data is not None:
+        (x, targets), rows = native.data, ids
+        if int(ids.max()) >= len(x):
+            for t in loaded:
+                ev.batches(t)  # says which step
+    else:
+        batches = [batch for t in loaded for batch in ev.batches(t)]
+        check_targets(ev, native.recognized, torch.cat([batch.target for batch in batches]))
+        x = torch.cat([native.recognized.inputs(batch.args[0]) for batch in batches])
+        targets = torch.cat([native.recognized.targets(batch.target, ev.dtype) for batch in batches])
+        rows = torch.arange(len(ids))
+    offsets = torch.from_numpy(np.cumsum([0, *(sum(step.micro_sizes) for step in logged)]))
+    coefficients = torch.cat([step.coefficients for step in logged])
+    return ops.MlpSteps(theta, x, targets, rows, ids, coefficients, offsets, _settings(ev, native, loaded, logged))
+
+
+def _settings(ev: Evaluator, native: Native, loaded: range, logged: list[Step]) -> Tensor:
+    """[n, 2L, 6] in the order of ops.SETTINGS."""
+    rules, groups = ev.trajectory.optimizer, ev.trajectory.groups
+    if any(step.absent for step in logged):
+        raise NotCompiled("a parameter was without a gradient in some step")
+    table = np.array([step.settings for step in logged])  # [n, groups, settings]
+    _check_momentum(rules, table)
+    of_parameter = [0 if name is None else groups[name] for name in native.recognized.parameters]
+    values = np.zeros((len(logged), len(of_parameter), len(ops.SETTINGS)))
+    for i, name in enumerate(ops.SETTINGS):
+        if name in rules[0].setting_names:
+            values[..., i] = table[:, of_parameter, rules[0].setting_names.index(name)]
+        elif name != "first":
+            values[..., i] = [float(getattr(rules[group], name, 0)) for group in of_parameter]
+    if ev.trajectory.slots:
+        # steps whose momentum buffer is not there yet
+        first = [[name is not None and not counts[name] for name in native.recognized.parameters]
+                 for counts in map(ev.trajectory.counts, loaded)]  # fmt: skip
+        values[..., ops.SETTINGS.index("first")] = first
+    return torch.from_numpy(values)
+
+
+def _check_momentum(rules: Sequence[Any], table: Any) -> None:
+    """NotCompiled where a schedule takes momentum away for a step, in which torch leaves the buffer alone."""
+    momentum = table[..., rules[0].setting_names.index("momentum")]
+    if any((momentum[:, group] == 0).any() and rule.momentum for group, rule in enumerate(rules)):
+        raise NotCompiled("a momentum that is 0 in some steps is not compiled")
+    if any(table[..., rules[0].setting_names.index("maximize")].flat):
+        raise NotCompiled("maximize is not compiled")
+
+
+def _whole_data(ev: Evaluator, recognized: Recognized) -> tuple[Tensor, Tensor] | None:
+    """The data as (x [N, I], targets) in this dtype; None where batches have to be asked for one by one."""
+    tensors: Any = None if ev.problem.samples is None else ev.problem.samples._tensors
+    if ev.problem.unpack is not default_unpack or not isinstance(tensors, tuple | list) or len(tensors) != 2:
+        return None
+    x, target = tensors
+    if not isinstance(x, Tensor) or not isinstance(target, Tensor) or x.device.type != "cpu" or target.device.type != "cpu":
+        return None
+    in_place = x.dtype == ev.dtype and x.is_contiguous()
+    if not x.is_floating_point() or not (in_place or x.numel() <= SLICE_NUMBERS):
+        return None
+    check_targets(ev, recognized, target)
+    return recognized.inputs(x.to(ev.dtype)), recognized.targets(target, ev.dtype)
+
+
+def _compare(ev: Evaluator, native: Native, params: Params, batch: Batch) -> None:
+    """NotCompiled where dots or Hessian products of a batch differ from those of the generic path."""
+    generator = torch.Generator().manual_seed(0)
+    probe = {n: torch.randn(2, *v.shape, generator=generator, dtype=torch.float64).to(v.dtype) for n, v in params.items()}
+    dots, hvp = linearize(ev, params, batch, native.hessian)[1](probe)
+    size, recognized = len(batch.ids), native.recognized
+    # lr = −1 makes c = u, coefficients enter the scores as −a_b
+    settings = torch.zeros(1, len(recognized.parameters), len(ops.SETTINGS), dtype=torch.float64)
+    settings[..., 0] = -1
+    steps = ops.MlpSteps(
+        torch.cat([value.flatten() for value in params.values()])[None],
+        recognized.inputs(batch.args[0]),
+        recognized.targets(batch.target, ev.dtype),
+        torch.arange(size),
+        torch.arange(size),
+        batch.coefficients.double(),
+        torch.tensor([0, size]),
+        settings,
+    )
+    blocks = _blocks(ev, native, 2)
+    for name, value in probe.items():
+        blocks[name].copy_(value)
+    scores = torch.zeros(2, size, dtype=torch.float64)
+    own = [None if name is None else blocks[name] for name in recognized.parameters]
+    ops.MlpSweep(recognized.net, steps, own, None, scores, l2=ev.l2, hessian=native.hessian).run(0, 1, 2)
+    pairs = [(scores, -dots * batch.coefficients.double(), 0.0)]
+    largest = max(float(value.abs().max()) for value in hvp.values())
+    rounding = 4 * torch.finfo(ev.dtype).eps
+    pairs += [
+        (blocks[n] - probe[n], hvp[n], max(largest, rounding / AGREEMENT[ev.dtype] * float(probe[n].abs().max()))) for n in hvp
+    ]
+    for ours, theirs, scale in pairs:
+        error, scale = float((ours - theirs).abs().max()), scale or float(theirs.abs().max())
+        if not error <= AGREEMENT[ev.dtype] * scale:
+            raise NotCompiled(
+                f"it does not agree with the generic path on the first batch ({error / (scale or 1):.1g} relative)"
+            )
