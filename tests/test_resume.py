@@ -63,7 +63,7 @@ class Run:
     def load(self, checkpoints, step, optimizer=True):
         self.model.load_state_dict(checkpoints[step][0])
         if optimizer:
-            self.optimizer.load_state_dict(checkpoints[step][1])
+            self.optimizer.load_state_dict(copy.deepcopy(checkpoints[step][1]))  # torch takes tensors over as they are
         self.step = step
         return self
 
