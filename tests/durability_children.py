@@ -20,14 +20,13 @@ STEPS = 120
 RUNS = {
     "sgd": ("sgd", {}),
     "momentum": ("momentum", {}),
-    "adam": ("adam", {"every": 3}),
+    "adam": ("adam", {"every": 3, "chunk_bytes": 1000}),
     "bfloat16": ("adamw", {"log_dtype": "bfloat16"}),
 }
 TRIALS = 14
 # (call, number, whether after it) of the writer at which a run that goes on is killed; the cut comes first
-MOMENTS = [
-    (call, number, after) for call in ("fsync", "replace", "unlink") for number in (1, 2, 3, 6) for after in (False, True)
-]
+MOMENTS = [(call, number, after) for call in ("fsync", "replace") for number in (1, 2, 3, 6) for after in (False, True)]
+MOMENTS += [("unlink", number, after) for number in (1, 2, 3) for after in (False, True)]
 MOMENTS += [("write", number, False) for number in (1, 2, 5, 9, 10, 11, 12)]
 
 

@@ -230,7 +230,7 @@ MISSING = r"no step of the log at .*log has the model's parameters; it holds 30 
 REFUSED = {
     "no such step": ({}, resumed(change=moved), MISSING),
     "nothing loaded": ({}, resumed(change=lambda run: run.model.load_state_dict(other_seed().state_dict())), MISSING),
-    "between rows": ({"every": 3}, resumed(every=3), MISSING.replace("steps", "steps and stores every 3th")),
+    "between rows": ({"every": 3}, resumed(every=3), MISSING.replace("steps", "steps, one in 3 stored")),
     "another model": ({}, with_other_model, r"parameter '0.weight' is another one: .*\[4, 3\].* in the log, .*\[5, 3\].* now"),
     "another optimizer": ({}, resumed("adam", optimizer=False), "its optimizer is SGD by parameter group, this one Adam"),
     "momentum": ({}, resumed("momentum", optimizer=False), "its optimizer had no momentum, this one has"),

@@ -56,7 +56,7 @@ def find_point(log: LogReader, params: Mapping[str, Tensor], optimizer: torch.op
     flat = torch.cat([p.detach().reshape(-1).to("cpu", header.state_dtype) for p in params.values()]).to(header.row_dtype)
     problem = (
         f"no step of the log at {log.path} has the model's parameters; it holds {log.num_steps} steps"
-        f"{f' and stores every {header.every}th' if header.every > 1 else ''}. Load a checkpoint of a step that is in the log, "
+        f"{f', one in {header.every} stored' if header.every > 1 else ''}. Load a checkpoint of a step that is in the log, "
         "model and optimizer, before making the Recorder (Trajectory.open(path).verify() says whether the log is damaged)"
     )
     found = False
