@@ -38,6 +38,8 @@ def run_to(path, name, checkpoints, step=None, stop=STEPS, tell=lambda: None):
         run.load(checkpoints, step)
     with run.recorder(path, resume=step is not None) as recorder:
         assert recorder.num_steps == (step or 0)
+        if run.step and run.step % 7 == 0:  # the kill may have come between the last chunk and the mark at its end
+            recorder.mark(f"mark {run.step}")
         while run.step < stop:
             run.train(run.step + 1, recorder)
             tell()
