@@ -198,7 +198,10 @@ class Recorder:
         self._pending.append(self._read(ids, scale, coefficients, batch))
 
     def mark(self, name: str) -> None:
-        """Name this moment, such as the end of an epoch: `windows="epochs"` are the steps between marks."""
+        """Name this moment, such as the end of an epoch: `windows="epochs"` are the steps between marks.
+
+        After resume=True a mark at the step gone on from may be set once more: a kill just after it may have lost it.
+        """
         self._check_open()
         if not isinstance(name, str) or not name:
             raise TypeError(f"a mark's name must be a non-empty string, got {name!r}")

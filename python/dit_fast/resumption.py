@@ -56,8 +56,8 @@ def find_point(log: LogReader, params: Mapping[str, Tensor], optimizer: torch.op
     flat = torch.cat([p.detach().reshape(-1).to("cpu", header.state_dtype) for p in params.values()]).to(header.row_dtype)
     problem = (
         f"no step of the log at {log.path} has the model's parameters; it holds {log.num_steps} steps"
-        f"{f' and stores every {header.every}th' if header.every > 1 else ''}. Load a checkpoint of a step that is in the log, "
-        "model and optimizer, before making the Recorder"
+        f"{f', one in {header.every} stored' if header.every > 1 else ''}. Load a checkpoint of a step that is in the log, "
+        "model and optimizer, before making the Recorder (Trajectory.open(path).verify() says whether the log is damaged)"
     )
     found = False
     for step in _equal_steps(log, flat):
@@ -71,8 +71,6 @@ def find_point(log: LogReader, params: Mapping[str, Tensor], optimizer: torch.op
                 f"the model's parameters are those before step {step} of the log at {log.path}, but {difference}; "
                 "load the optimizer's state too, from the same checkpoint"
             )
-    if not found:
-        log.verify()  # a damaged log is another reason not to find a step in it
     raise LogError(problem)
 
 
