@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from dit_fast.ops import Mlp, MlpLayer
+from dit_fast.mlp import Mlp, MlpLayer
 from dit_fast.problem import Batch, Evaluator, Params
 
 # the loss must be ours to this share of its size, in float64
