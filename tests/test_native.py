@@ -237,7 +237,7 @@ def _seeded(build):
 # ---- the op itself -------------------------------------------------------------------------------------------------------
 
 
-def op_case(widths, activation, loss, settings, K=3, n=4, seed=0, dtype=torch.float64, bias=True):
+def op_case(widths, activation, loss, settings, K=3, n=4, seed=0, dtype=torch.float64, bias=True, sizes=None):
     """(net, steps, blocks, momenta, scores) of random numbers; settings(n, 2L) → [n, 2L, 6]."""
     g = torch.Generator().manual_seed(seed)
     layers, at = [], 1
@@ -249,7 +249,7 @@ def op_case(widths, activation, loss, settings, K=3, n=4, seed=0, dtype=torch.fl
         at += inputs * outputs + (outputs if bias else 0)
     net = mlp.Mlp(tuple(layers), loss, 0.7)
     M, N, C = 9, 6, widths[-1]
-    sizes = [1 + (3 * t) % 5 for t in range(n)]
+    sizes = sizes or [1 + (3 * t) % 5 for t in range(n)]
     B = sum(sizes)
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
     targets = torch.randint(C, (M,), generator=g) if loss == "cross_entropy" else normal(M, C).sigmoid()
@@ -316,6 +316,31 @@ def test_op_in_float32_and_for_the_first_columns_alone():
     case = op_case((4, 5, 3), "silu", "cross_entropy", SETTINGS["nesterov"], dtype=torch.float32)
     assert_op(case, 1e-5)
     assert_op(case, 1e-5, K=2)
+
+
+@pytest.mark.parametrize("blas", [True, False])
+def test_op_shares_its_columns_among_threads(blas):
+    """Work enough for a parallel region; the sums' order may differ with the shapes of the products."""
+    case = op_case((64, 64, 10), "tanh", "cross_entropy", SETTINGS["momentum"], K=7, n=3, sizes=[200, 150, 250])
+    before, results = torch.get_num_threads(), []
+    ops.use_blas(blas)
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            net, steps, blocks, momenta, scores = case[0], case[1], copies(case[2]), copies(case[3]), case[4].clone()
+            assert ops.MlpSweep(net, steps, blocks, momenta, scores, l2=0.1).run(0, 3, 7) is None
+            results.append([*blocks, *momenta, scores])
+    finally:
+        torch.set_num_threads(before)
+        ops.use_blas(True)
+    for one, three in zip(*results, strict=True):
+        assert (one - three).abs().max() <= 1e-12 * one.abs().max()
+
+
+def test_op_with_a_step_without_samples():
+    case = op_case((4, 5, 3), "silu", "cross_entropy", SETTINGS["dampened"], sizes=[2, 0, 3, 0])
+    for hessian in mlp.CURVATURES:
+        assert_op(case, l2=0.1, hessian=hessian)
 
 
 def test_op_with_layers_too_large_to_be_turned():
