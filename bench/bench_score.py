@@ -249,9 +249,13 @@ def rival_seconds(name: str, budget: float = 8.0) -> dict[str, float]:
         if round_number >= 3 and time.perf_counter() > end:
             break
         for rival, call in calls.items():
-            start = time.perf_counter()
-            call()
-            best[rival] = min(best[rival], time.perf_counter() - start)
+            turn = time.perf_counter() + 0.05  # long enough for the caches to be the rival's own
+            while True:
+                start = time.perf_counter()
+                call()
+                best[rival] = min(best[rival], time.perf_counter() - start)
+                if time.perf_counter() > turn:
+                    break
     best["reference"] = best.pop("reference_steps") / made.reference_share()
     return best
 

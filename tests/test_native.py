@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dit_fast
-from dit_fast import ops, ops_torch, queries
+from dit_fast import mlp, ops, ops_torch, queries
 
 WINDOWS = [(0, 7), (2, 5), (5, 6)]
 
@@ -237,7 +237,7 @@ def _seeded(build):
 # ---- the op itself -------------------------------------------------------------------------------------------------------
 
 
-def op_case(widths, activation, loss, settings, K=3, n=4, seed=0, dtype=torch.float64, bias=True):
+def op_case(widths, activation, loss, settings, K=3, n=4, seed=0, dtype=torch.float64, bias=True, sizes=None):
     """(net, steps, blocks, momenta, scores) of random numbers; settings(n, 2L) → [n, 2L, 6]."""
     g = torch.Generator().manual_seed(seed)
     layers, at = [], 1
@@ -245,15 +245,15 @@ def op_case(widths, activation, loss, settings, K=3, n=4, seed=0, dtype=torch.fl
         last = i == len(widths) - 2
         at += 2
         biased = at + inputs * outputs if bias else None
-        layers.append(ops.MlpLayer(outputs, inputs, at, biased, "identity" if last else activation, 0.3))
+        layers.append(mlp.MlpLayer(outputs, inputs, at, biased, "identity" if last else activation, 0.3))
         at += inputs * outputs + (outputs if bias else 0)
-    net = ops.Mlp(tuple(layers), loss, 0.7)
+    net = mlp.Mlp(tuple(layers), loss, 0.7)
     M, N, C = 9, 6, widths[-1]
-    sizes = [1 + (3 * t) % 5 for t in range(n)]
+    sizes = sizes or [1 + (3 * t) % 5 for t in range(n)]
     B = sum(sizes)
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
     targets = torch.randint(C, (M,), generator=g) if loss == "cross_entropy" else normal(M, C).sigmoid()
-    steps = ops.MlpSteps(
+    steps = mlp.MlpSteps(
         theta=normal(n, at + 3), x=normal(M, widths[0]), targets=targets,
         rows=torch.randint(M, (B,), generator=g), ids=torch.randint(N, (B,), generator=g),
         coefficients=normal(B).double(), offsets=torch.tensor([0, *sizes]).cumsum(0),
@@ -261,7 +261,7 @@ def op_case(widths, activation, loss, settings, K=3, n=4, seed=0, dtype=torch.fl
     )  # fmt: skip
     shapes = [s for la in layers for s in ((la.outputs, la.inputs), (la.outputs,) if bias else None)]
     blocks, momenta = (
-        [None if s is None else ops.mlp_block(K, s, dtype, i == 0).copy_(normal(K, *s)) for i, s in enumerate(shapes)]
+        [None if s is None else mlp.mlp_block(K, s, dtype, i == 0).copy_(normal(K, *s)) for i, s in enumerate(shapes)]
         for _ in range(2)
     )
     return net, steps, blocks, momenta, normal(K, N).double()
@@ -287,7 +287,7 @@ def setting(**values):
     row = {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0, "nesterov": 0.0, "first": 0.0} | values
 
     def make(n, parameters):
-        table = torch.tensor([row[name] for name in ops.SETTINGS], dtype=torch.float64).expand(n, parameters, 6).clone()
+        table = torch.tensor([row[name] for name in mlp.SETTINGS], dtype=torch.float64).expand(n, parameters, 6).clone()
         table[..., 0] *= 1 + 0.1 * torch.arange(n)[:, None] + 0.05 * torch.arange(parameters)
         table[0, :, -1] = 1
         return table
@@ -304,7 +304,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("hessian", ops.CURVATURES)
+@pytest.mark.parametrize("hessian", mlp.CURVATURES)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_op_matches_its_twin(settings, hessian):
     assert_op(op_case((4, 5, 3), "gelu", "cross_entropy", settings), hessian=hessian, l2=0.1)
@@ -316,6 +316,31 @@ def test_op_in_float32_and_for_the_first_columns_alone():
     case = op_case((4, 5, 3), "silu", "cross_entropy", SETTINGS["nesterov"], dtype=torch.float32)
     assert_op(case, 1e-5)
     assert_op(case, 1e-5, K=2)
+
+
+@pytest.mark.parametrize("blas", [True, False])
+def test_op_shares_its_columns_among_threads(blas):
+    """Work enough for a parallel region; the sums' order may differ with the shapes of the products."""
+    case = op_case((64, 64, 10), "tanh", "cross_entropy", SETTINGS["momentum"], K=7, n=3, sizes=[200, 150, 250])
+    before, results = torch.get_num_threads(), []
+    ops.use_blas(blas)
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            net, steps, blocks, momenta, scores = case[0], case[1], copies(case[2]), copies(case[3]), case[4].clone()
+            assert ops.MlpSweep(net, steps, blocks, momenta, scores, l2=0.1).run(0, 3, 7) is None
+            results.append([*blocks, *momenta, scores])
+    finally:
+        torch.set_num_threads(before)
+        ops.use_blas(True)
+    for one, three in zip(*results, strict=True):
+        assert (one - three).abs().max() <= 1e-12 * one.abs().max()
+
+
+def test_op_with_a_step_without_samples():
+    case = op_case((4, 5, 3), "silu", "cross_entropy", SETTINGS["dampened"], sizes=[2, 0, 3, 0])
+    for hessian in mlp.CURVATURES:
+        assert_op(case, l2=0.1, hessian=hessian)
 
 
 def test_op_with_layers_too_large_to_be_turned():
@@ -354,18 +379,18 @@ def test_op_is_the_derivative_through_the_whole_training(options):
     table = torch.tensor([lr, wd, momentum, dampening, float(options.get("nesterov", 0)), 0.0], dtype=torch.float64)
     settings = table.expand(5, 2, 6).clone()
     settings[0, :, -1] = 1
-    steps = ops.MlpSteps(
+    steps = mlp.MlpSteps(
         torch.stack(rows), x, y, torch.cat(batches), torch.cat(batches), torch.full((20,), 0.25).double(),
         torch.arange(0, 21, 4), settings,
     )  # fmt: skip
-    blocks = [ops.mlp_block(1, (2, 3), q.dtype, True).copy_(q[:6].view(1, 2, 3)), q[None, 6:].clone()]
+    blocks = [mlp.mlp_block(1, (2, 3), q.dtype, True).copy_(q[:6].view(1, 2, 3)), q[None, 6:].clone()]
     momenta, scores = [torch.zeros_like(b) for b in blocks], torch.zeros(1, 6).double()
-    net = ops.Mlp((ops.MlpLayer(2, 3, 0, 6),), "cross_entropy")
+    net = mlp.Mlp((mlp.MlpLayer(2, 3, 0, 6),), "cross_entropy")
     ops.MlpSweep(net, steps, blocks, momenta, scores).run(0, 5, 1)
     assert (scores[0] - truth).abs().max() <= 1e-12 * truth.abs().max()
 
 
-@pytest.mark.parametrize("loss", ops.LOSSES)
+@pytest.mark.parametrize("loss", mlp.LOSSES)
 def test_gradient_op_matches_its_twin(loss):
     net, steps, *_ = op_case((4, 5, 3), "gelu", loss, SETTINGS["plain"])
     weights = torch.rand(len(steps.x), dtype=torch.float64)
@@ -404,7 +429,7 @@ def broken(change):
     arguments = {"net": net, "blocks": blocks, "momenta": momenta, "scores": scores} | steps.__dict__
     arguments |= change(arguments)
     fields = {name: arguments.pop(name) for name in steps.__dict__}
-    return ops.MlpSweep(arguments.pop("net"), ops.MlpSteps(**fields), **arguments)
+    return ops.MlpSweep(arguments.pop("net"), mlp.MlpSteps(**fields), **arguments)
 
 
 @pytest.mark.parametrize(

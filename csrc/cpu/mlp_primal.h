@@ -1,6 +1,7 @@
 // The part of an adjoint step that all columns share: one batch through the net and back.
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
 #include "mlp_sweep.h"
@@ -11,7 +12,10 @@ namespace dit_fast::cpu {
 template <class Real>
 class Arena {
  public:
-  explicit Arena(Index size = 0) : memory_(static_cast<std::size_t>(size + line)) {}
+  explicit Arena(Index size = 0) : memory_(static_cast<std::size_t>(size + 2 * line)) {
+    const auto past = reinterpret_cast<std::uintptr_t>(memory_.data()) % 64 / sizeof(Real);
+    used_ = past ? line - static_cast<Index>(past) : 0;
+  }
   Real* take(Index size) {
     Real* piece = memory_.data() + used_;
     used_ += rounded(size);

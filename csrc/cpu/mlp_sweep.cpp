@@ -14,6 +14,18 @@ namespace {
 // Columns travel through a step in groups whose tangents stay in the second-level cache.
 constexpr Index group_bytes = 1 << 20;
 
+// Below this much work a parallel region costs more than it saves, much more where the cores are busy.
+constexpr double parallel_flops = 1e8;
+
+// 6F per column and step.
+template <class Real>
+double work(const MlpSweep<Real>& args) {
+  double weights = 0;
+  for (const MlpLayer& layer : args.layers) weights += static_cast<double>(layer.O * layer.I);
+  return 12 * static_cast<double>(args.offsets[args.num_steps] - args.offsets[0]) * weights *
+         static_cast<double>(args.K);
+}
+
 // A share of the columns and the memory to take it through all steps.
 template <class Real>
 struct Share {
@@ -55,6 +67,7 @@ Index mlp_sweep(const MlpSweep<Real>& args, int threads) {
   Index max_batch = 0;
   for (Index t = 0; t < args.num_steps; ++t) max_batch = std::max(max_batch, args.offsets[t + 1] - args.offsets[t]);
   // columns are independent: each thread takes a share of them through all steps and repeats the shared pass
+  if (work(args) < parallel_flops) threads = 1;
   const Index num_shares = std::min<Index>(threads, args.K);
   std::vector<std::unique_ptr<Share<Real>>> shares;
   for (Index i = 0; i < num_shares; ++i)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_fast import ops
+from dit_fast import mlp, ops
 from dit_fast.data import default_unpack
 from dit_fast.errors import LogError
 from dit_fast.linearize import Hessian, linearize
@@ -45,7 +45,7 @@ def prepare(ev: Evaluator, hessian: Hessian) -> Native:
     """The compiled path of this problem, proved on the first batch of the log; NotCompiled says why there is none."""
     if ev.device.type != "cpu":
         raise NotCompiled(f"it runs on the CPU, not on {ev.device}")
-    if hessian not in ops.CURVATURES:
+    if hessian not in mlp.CURVATURES:
         raise NotCompiled(f"hessian={hessian!r} is not compiled")
     rules = ev.trajectory.optimizer
     if not all(type(rule) is SGD for rule in rules):
@@ -87,20 +87,20 @@ def sweep(
     if any(getattr(rule, "momentum", 0) for rule in ev.trajectory.optimizer):
         momenta = _blocks(ev, native, capacity)
     views = {name: block.unbind(0) for name, block in blocks.items()}
-    ends = {t for column in columns for t in (column.start, column.stop) if t} | {0}
+    ends = sorted({t for column in columns for t in (column.start, column.stop) if t} | {0})
     t = columns[0].stop
     active, flops = 0, _flops_per_column(ev, native)
     loaded = range(t, t)
     engine: ops.MlpSweep | None = None
     while t > 0:
-        if t in ends:
+        if t == ends[-1]:
+            ends.pop()
             _join_and_leave(t, columns, views, query_gradients(t))
             active = sum(column.stop >= t for column in columns)
         if t <= loaded.start or engine is None:
             loaded = range(_slice_start(ev, native, t), t)
             engine = _engine(ev, native, loaded, blocks, momenta, scores)
-        boundary = max(end for end in ends if end < t)
-        start = max(boundary, loaded.start, t - max(1, int(CALL_FLOPS / (flops * active))))
+        start = max(ends[-1], loaded.start, t - max(1, int(CALL_FLOPS / (flops * active))))
         bad = engine.run(start - loaded.start, t - loaded.start, _padded(native, active))
         if bad is not None:
             bad += loaded.start
@@ -116,11 +116,12 @@ def _join_and_leave(t: int, columns: Sequence[Column], views: dict[str, tuple[Te
     """`sweep.join_and_leave` on the blocks' columns."""
     leaving = [(k, column.query) for k, column in enumerate(columns) if column.start == t]
     joining = [(k, column.query) for k, column in enumerate(columns) if column.stop == t]
-    for name, rows in gradients.items():
+    for name, block in gradients.items():
+        rows, own = block.unbind(0), views[name]
         for k, query in leaving:
-            views[name][k].sub_(rows[query])
+            own[k].sub_(rows[query])
         for k, query in joining:
-            views[name][k].copy_(rows[query])
+            own[k].copy_(rows[query])
 
 
 def query_gradients(
@@ -149,8 +150,9 @@ def query_gradients(
     scale = max(float(value.abs().max()) for value in first.values())
     if not all(float((found[n][0] - value).abs().max()) <= AGREEMENT[ev.dtype] * scale for n, value in first.items()):
         return generic
-    position = {t: i for i, t in enumerate(points)}
-    return lambda t: {name: value[position[t]] for name, value in found.items()}
+    by_point = zip(*(value.unbind(0) for value in found.values()), strict=True)
+    at = {t: dict(zip(found, values, strict=True)) for t, values in zip(points, by_point, strict=True)}
+    return at.__getitem__
 
 
 def _padded(native: Native, num_columns: int, line: int = LINE) -> int:
@@ -163,7 +165,7 @@ def _padded(native: Native, num_columns: int, line: int = LINE) -> int:
 
 def _blocks(ev: Evaluator, native: Native, num_columns: int) -> Params:
     first = native.recognized.parameters[0]
-    return {name: ops.mlp_block(num_columns, shape, ev.dtype, name == first) for name, shape in ev.shapes.items()}
+    return {name: mlp.mlp_block(num_columns, shape, ev.dtype, name == first) for name, shape in ev.shapes.items()}
 
 
 def _flops_per_column(ev: Evaluator, native: Native) -> float:
@@ -190,7 +192,7 @@ def _engine(
     return ops.MlpSweep(net, steps, own, own_momenta, scores, l2=ev.l2, hessian=native.hessian)
 
 
-def _steps(ev: Evaluator, native: Native, loaded: range) -> ops.MlpSteps:
+def _steps(ev: Evaluator, native: Native, loaded: range) -> mlp.MlpSteps:
     logged = ev.trajectory.steps(loaded.start, loaded.stop)
     theta = ev.trajectory.rows(loaded.start, loaded.stop).to(ev.dtype)
     if not torch.isfinite(theta.sum(1)).all():  # a sum may overflow itself: the exact check is the evaluator's
@@ -210,19 +212,19 @@ def _steps(ev: Evaluator, native: Native, loaded: range) -> ops.MlpSteps:
         rows = torch.arange(len(ids))
     offsets = torch.from_numpy(np.cumsum([0, *(sum(step.micro_sizes) for step in logged)]))
     coefficients = torch.cat([step.coefficients for step in logged])
-    return ops.MlpSteps(theta, x, targets, rows, ids, coefficients, offsets, _settings(ev, native, loaded, logged))
+    return mlp.MlpSteps(theta, x, targets, rows, ids, coefficients, offsets, _settings(ev, native, loaded, logged))
 
 
 def _settings(ev: Evaluator, native: Native, loaded: range, logged: list[Step]) -> Tensor:
-    """[n, 2L, 6] in the order of ops.SETTINGS."""
+    """[n, 2L, 6] in the order of mlp.SETTINGS."""
     rules, groups = ev.trajectory.optimizer, ev.trajectory.groups
     if any(step.absent for step in logged):
         raise NotCompiled("a parameter was without a gradient in some step")
     table = np.array([step.settings for step in logged])  # [n, groups, settings]
     _check_momentum(rules, table)
     of_parameter = [0 if name is None else groups[name] for name in native.recognized.parameters]
-    values = np.zeros((len(logged), len(of_parameter), len(ops.SETTINGS)))
-    for i, name in enumerate(ops.SETTINGS):
+    values = np.zeros((len(logged), len(of_parameter), len(mlp.SETTINGS)))
+    for i, name in enumerate(mlp.SETTINGS):
         if name in rules[0].setting_names:
             values[..., i] = table[:, of_parameter, rules[0].setting_names.index(name)]
         elif name != "first":
@@ -231,7 +233,7 @@ def _settings(ev: Evaluator, native: Native, loaded: range, logged: list[Step]) 
         # steps whose momentum buffer is not there yet
         first = [[name is not None and not counts[name] for name in native.recognized.parameters]
                  for counts in map(ev.trajectory.counts, loaded)]  # fmt: skip
-        values[..., ops.SETTINGS.index("first")] = first
+        values[..., mlp.SETTINGS.index("first")] = first
     return torch.from_numpy(values)
 
 
@@ -266,9 +268,9 @@ def _compare(ev: Evaluator, native: Native, params: Params, batch: Batch) -> Non
     dots, hvp = linearize(ev, params, batch, native.hessian)[1](probe)
     size, recognized = len(batch.ids), native.recognized
     # lr = −1 makes c = u, coefficients enter the scores as −a_b
-    settings = torch.zeros(1, len(recognized.parameters), len(ops.SETTINGS), dtype=torch.float64)
+    settings = torch.zeros(1, len(recognized.parameters), len(mlp.SETTINGS), dtype=torch.float64)
     settings[..., 0] = -1
-    steps = ops.MlpSteps(
+    steps = mlp.MlpSteps(
         torch.cat([value.flatten() for value in params.values()])[None],
         recognized.inputs(batch.args[0]),
         recognized.targets(batch.target, ev.dtype),

@@ -7,20 +7,15 @@ dimension is contiguous, every other stride is free. Autograd does not see what 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import dit_fast._C as _C
+from dit_fast.mlp import ACTIVATIONS, CURVATURES, LOSSES, Mlp, MlpSteps, check_data, check_sweep
 
 Operand = tuple[int, tuple[int, int]]
-
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "sigmoid", "silu", "gelu", "gelu_tanh")
-LOSSES = ("cross_entropy", "bce_logits", "squared_error")
-CURVATURES = ("exact", "ggn", "none")
-SETTINGS = ("lr", "weight_decay", "momentum", "dampening", "nesterov", "first")
 
 _DTYPES = (torch.float32, torch.float64)
 _NO_OPERAND: Operand = (0, (0, 0))
@@ -93,56 +88,6 @@ def lowrank_update(weight: Tensor, bias: Tensor | None, coefficients: Tensor, de
     torch.autograd.graph.increment_version([weight] if bias is None else [weight, bias])
 
 
-@dataclass(frozen=True)
-class MlpLayer:
-    """h ↦ φ(h Wᵀ + b), W [outputs, inputs]; weight and bias are their positions in a flat row θ, bias None for none.
-
-    activation: one of ACTIVATIONS; slope: that of leaky_relu left of 0.
-    """
-
-    outputs: int
-    inputs: int
-    weight: int
-    bias: int | None
-    activation: str = "identity"
-    slope: float = 0.0
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """A feed-forward net with its per-sample loss, `loss_scale` times one of LOSSES (csrc/loss.h)."""
-
-    layers: tuple[MlpLayer, ...]
-    loss: str
-    loss_scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class MlpSteps:
-    """n consecutive steps of a log, all CPU tensors; floating ones of one dtype, `coefficients` and `settings` float64.
-
-    theta [n, P]: flat parameters before each step. x [M, I] and targets (classes [M] int64 for cross_entropy, else [M, O]):
-    the data. Step t used rows[offsets[t] : offsets[t+1]] of it, which are the samples `ids` with coefficients a; rows, ids,
-    offsets int64. settings [n, 2L, 6]: of the weight and the bias of each layer, in the order of SETTINGS.
-    """
-
-    theta: Tensor
-    x: Tensor
-    targets: Tensor
-    rows: Tensor
-    ids: Tensor
-    coefficients: Tensor
-    offsets: Tensor
-    settings: Tensor
-
-
-def mlp_block(num_columns: int, shape: Sequence[int], dtype: torch.dtype, first: bool) -> Tensor:
-    """A zero block [K, *shape] for a parameter of `MlpSweep`; `first`: that of the first layer's weight."""
-    if first:
-        return torch.zeros(shape[1], num_columns, shape[0], dtype=dtype).permute(1, 2, 0)
-    return torch.zeros(num_columns, *shape, dtype=dtype)
-
-
 class MlpSweep:
     """Steps of the adjoint sweep of a feed-forward net, all columns in one call; checked when made (csrc/mlp_sweep.h).
 
@@ -175,7 +120,7 @@ class MlpSweep:
         l2: float = 0.0,
         hessian: str = "exact",
     ) -> None:
-        _check_mlp(net, steps, blocks, momenta, scores)
+        check_sweep(net, steps, blocks, momenta, scores)
         specs, kinds = _mlp_specs(net, hessian)
         self._steps, self._kept = steps, (blocks, momenta, scores)
         self._twice = steps.theta.dtype == torch.float64
@@ -234,7 +179,7 @@ def mlp_gradient(net: Mlp, theta: Tensor, x: Tensor, targets: Tensor, coefficien
     n, B = len(theta), len(x)
     rows, none = torch.arange(B), torch.zeros(0, dtype=torch.float64)
     offsets = torch.tensor([0, B])
-    _check_mlp_data(net, theta, x, targets, coefficients, rows)
+    check_data(net, theta, x, targets, coefficients, rows)
     if gradients.shape != theta.shape or gradients.dtype != theta.dtype or not gradients.is_contiguous():
         raise ValueError(f"gradients must be contiguous {list(theta.shape)} {_short(theta.dtype)}")
     _C.mlp_gradient_cpu(
@@ -281,86 +226,6 @@ def _mlp_specs(net: Mlp, hessian: str) -> tuple[list[Any], tuple[int, int]]:
         for la in net.layers
     ]
     return specs, (LOSSES.index(net.loss), CURVATURES.index(hessian))
-
-
-def _check_mlp(
-    net: Mlp, steps: MlpSteps, blocks: Sequence[Tensor | None], momenta: Sequence[Tensor | None] | None, scores: Tensor
-) -> None:
-    K, n, B = len(scores), len(steps.theta), len(steps.rows)
-    _check_mlp_data(net, steps.theta, steps.x, steps.targets, steps.coefficients, steps.rows)
-    _check_tensors(
-        ("ids", steps.ids, torch.int64, (B,)),
-        ("offsets", steps.offsets, torch.int64, (n + 1,)),
-        ("settings", steps.settings, torch.float64, (n, 2 * len(net.layers), len(SETTINGS))),
-        ("scores", scores, torch.float64, (K, scores.shape[1])),
-        *_mlp_blocks(net, "blocks", blocks, K, steps.theta.dtype),
-        *(_mlp_blocks(net, "momenta", momenta, K, steps.theta.dtype) if momenta is not None else ()),
-    )
-    _check_range("ids", steps.ids, scores.shape[1])
-    if int(steps.offsets[0]) != 0 or int(steps.offsets[-1]) != B or bool((steps.offsets.diff() < 0).any()):
-        raise ValueError(f"offsets must rise from 0 to the number of rows, {B}")
-    if momenta is None and bool(steps.settings[..., SETTINGS.index("momentum")].any()):
-        raise ValueError("momenta must be given where a step has momentum")
-
-
-def _check_mlp_data(net: Mlp, theta: Tensor, x: Tensor, targets: Tensor, coefficients: Tensor, rows: Tensor) -> None:
-    if not net.layers or any(a.outputs != b.inputs for a, b in zip(net.layers, net.layers[1:], strict=False)):
-        raise ValueError("layers must be at least one, each with as many inputs as the one before has outputs")
-    wanted, M, O = theta.dtype, len(x), net.layers[-1].outputs
-    if wanted not in _DTYPES:
-        raise TypeError(f"theta must be float32 or float64, got {_short(wanted)}")
-    labelled = net.loss == "cross_entropy"
-    _check_tensors(
-        ("theta", theta, wanted, (len(theta), theta.shape[1])),
-        ("x", x, wanted, (M, net.layers[0].inputs)),
-        ("targets", targets, torch.int64 if labelled else wanted, (M,) if labelled else (M, O)),
-        ("rows", rows, torch.int64, (len(rows),)),
-        ("coefficients", coefficients, torch.float64, (len(rows),)),
-    )
-    _check_range("rows", rows, M)
-    if labelled:
-        _check_range("targets", targets, O)
-    for layer in net.layers:
-        ends = [layer.weight + layer.outputs * layer.inputs, 0 if layer.bias is None else layer.bias + layer.outputs]
-        if max(ends) > theta.shape[1] or layer.weight < 0 or (layer.bias or 0) < 0:
-            raise ValueError(f"a layer's parameters end at {max(ends)}, beyond the row of {theta.shape[1]}")
-
-
-def _check_tensors(*wanted: tuple[str, Tensor, torch.dtype, tuple[int, ...]]) -> None:
-    for name, tensor, dtype, shape in wanted:
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} must be {_short(dtype)}, got {_short(tensor.dtype)}")
-        if name in ("blocks[0]", "momenta[0]"):
-            fits = tensor.permute(2, 0, 1).is_contiguous()
-        else:
-            rows_alone = name in ("x", "theta", "scores") and tensor.shape[1] > 0 and tensor.stride(1) == 1
-            fits = tensor.is_contiguous() or (rows_alone and tensor.stride(0) >= tensor.shape[1])
-        if tensor.device.type != "cpu" or not fits:
-            raise ValueError(f"{name} must be {'as mlp_block makes it' if name[-3:] == '[0]' else 'contiguous'} and on the CPU")
-
-
-def _mlp_blocks(
-    net: Mlp, what: str, blocks: Sequence[Tensor | None], K: int, dtype: torch.dtype
-) -> list[tuple[str, Tensor, torch.dtype, tuple[int, ...]]]:
-    if len(blocks) != 2 * len(net.layers):
-        raise ValueError(f"{what} must hold a weight's and a bias's block per layer, {2 * len(net.layers)}, got {len(blocks)}")
-    wanted: list[tuple[str, Tensor, torch.dtype, tuple[int, ...]]] = []
-    for i, (layer, block) in enumerate(zip((la for la in net.layers for _ in range(2)), blocks, strict=True)):
-        if (block is None) != (i % 2 == 1 and layer.bias is None):
-            raise ValueError(f"{what}[{i}] must be {'None' if block is not None else 'a tensor'}")
-        if block is not None:
-            shape = (K, layer.outputs) if i % 2 else (K, layer.outputs, layer.inputs)
-            wanted.append((f"{what}[{i}]", block, dtype, shape))
-    return wanted
-
-
-def _check_range(name: str, values: Tensor, end: int) -> None:
-    if values.numel():
-        low, high = (int(v) for v in values.aminmax())
-        if low < 0 or high >= end:
-            raise ValueError(f"{name} must lie in 0..{end - 1}, got {low}..{high}")
 
 
 def _sizes(delta: Tensor, activations: Tensor, weight: Tensor) -> tuple[int, int, int, int, int]:

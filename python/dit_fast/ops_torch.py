@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 from torch.nn import functional as F
 
-from dit_fast.ops import SETTINGS, Mlp, MlpSteps
+from dit_fast.mlp import SETTINGS, Mlp, MlpSteps
 
 
 def grad_dot(dots: Tensor, delta: Tensor, activations: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:

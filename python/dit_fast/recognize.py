@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from dit_fast.ops import Mlp, MlpLayer
+from dit_fast.mlp import Mlp, MlpLayer
 from dit_fast.problem import Batch, Evaluator, Params
 
 # the loss must be ours to this share of its size, in float64
@@ -239,7 +239,6 @@ def _loss(ev: Evaluator, output: Tensor, target: Any) -> tuple[str, float]:
     generator = torch.Generator().manual_seed(0)
     size, shape = 6, output.shape[1:]
     z = 3 * torch.randn(size, *shape, generator=generator, dtype=torch.float64)
-    found = None
     for kind, draw in _CANDIDATES.items():
         tau = draw(size, output, target, generator)
         if tau is None:
@@ -251,10 +250,8 @@ def _loss(ev: Evaluator, output: Tensor, target: Any) -> tuple[str, float]:
         expected, expected_gradient = _value_and_gradient(_FORMULAS[kind], z, tau)
         scale = float((gradient * expected_gradient).sum() / expected_gradient.square().sum())
         if _close(value, scale * expected) and _close(gradient, scale * expected_gradient) and scale != 0:
-            found = kind, _round_scale(scale, output.numel() // len(output))
-    if found is None:
-        raise NotCompiled("per_sample_loss is none of cross entropy, BCE with logits and squared error at random outputs")
-    return found
+            return kind, _round_scale(scale, output.numel() // len(output))
+    raise NotCompiled("per_sample_loss is none of cross entropy, BCE with logits and squared error at random outputs")
 
 
 def check_targets(ev: Evaluator, recognized: Recognized, targets: Tensor) -> None:
