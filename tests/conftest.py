@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,3 +28,11 @@ def cuda_missing() -> str:
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     return ""
+
+
+def data_file(name: str) -> Path:
+    """A file of the real data sets, in the folder DIT_FAST_DATA or beside the checkout; skips, loudly, where it is absent."""
+    folder = Path(os.environ.get("DIT_FAST_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not (folder / name).is_file():
+        pytest.skip(f"DATA NOT TESTED: {name} is not in {folder}; name its folder in DIT_FAST_DATA")
+    return folder / name

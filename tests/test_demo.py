@@ -1,7 +1,6 @@
 """The demo: what it prints is what it found, and the files it leaves can be read."""
 
 import io
-import os
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+from conftest import data_file
 
 from dit_fast import Influence, Trajectory, analysis, cli, demo
 
@@ -156,10 +156,7 @@ def test_the_same_seed_gives_the_same_scores_and_another_seed_others(tiny, tmp_p
 @pytest.mark.data
 @pytest.mark.parametrize(("name", "file", "samples"), [("adult", "adult-training.csv.gz", 3000), ("mnist", "mnist.npz", 4000)])
 def test_larger_data(name, file, samples, monkeypatch, tmp_path):
-    folder = Path(os.environ.get("DIT_FAST_DATA") or ROOT.parent / "shared" / "data")
-    if not (folder / file).is_file():
-        pytest.skip(f"DATA NOT TESTED: {file} is not in {folder}; name its folder in DIT_FAST_DATA")
-    monkeypatch.setenv("DIT_FAST_DATA", str(folder))
+    monkeypatch.setenv("DIT_FAST_DATA", str(data_file(file).parent))
     monkeypatch.setattr(demo, "COMPARED", 8)
     finished = run_demo(tmp_path / "out", "--data", name)
     assert f"{samples} training" in finished.report.settings["data"]

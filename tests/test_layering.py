@@ -15,6 +15,7 @@ CXX_SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix 
 # module: what it may import of dit_fast, lower layers first. A new module gets a line of its own here.
 ALLOWED = {
     "errors": "",
+    "byte_sizes": "",
     "progress": "",
     "numerics": "",
     "analysis": "",
@@ -27,11 +28,12 @@ ALLOWED = {
     "optimizers": "errors",
     "log": "optimizers",
     "log_reader": "errors log optimizers",
-    "background": "errors log",
+    "log_size": "byte_sizes errors log modules optimizers",
+    "background": "errors log log_size",
     "directory": "errors log",
     "resumption": "directory errors log log_reader modules",
-    "recording": "background errors log modules optimizers resumption",
-    "recorder": "data directory errors log log_reader modules optimizers ranks recording resumption",
+    "recording": "background errors log log_size modules optimizers resumption",
+    "recorder": "byte_sizes data directory errors log log_reader log_size modules optimizers ranks recording resumption",
     "arrays": "data log optimizers",
     "trajectory": "arrays errors log log_reader optimizers",
     # what is asked of it
@@ -42,14 +44,17 @@ ALLOWED = {
     "result": "trajectory",
     # how it is answered
     "linearize": "data errors problem",
-    "plan": "linearize problem trajectory",
+    "plan": "byte_sizes linearize problem trajectory",
     "sweep": "errors plan problem replay",
     "factors": "linearize ops problem sweep",
-    "retrain": "data guard plan problem progress queries replay result trajectory",
+    "retrain": "byte_sizes data guard plan problem progress queries replay result trajectory",
     "score": "factors guard linearize plan problem progress queries replay result retrain sweep trajectory",
+    "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
     "reference": "data problem progress queries result trajectory",
     # what users meet
-    "__init__": "data errors ops optimizers problem queries recorder reference result retrain score trajectory",
+    "__init__": (
+        "data errors estimate log_size ops optimizers problem queries recorder reference result retrain score trajectory"
+    ),
     "plots": "analysis result",
     "demo": "__init__ analysis",
     "cli": "errors",
@@ -57,7 +62,7 @@ ALLOWED = {
 # imports inside functions or for type checkers alone, which keep matplotlib, torch or a cycle out of `import dit_fast`
 LAZY = {"result": "plots", "demo": "plots", "cli": "__init__ demo"}
 # the slow truth shares no code with what it judges
-NOT_IN_REFERENCE = "ops optimizers score sweep linearize layerwise native recognize plan factors replay retrain"
+NOT_IN_REFERENCE = "ops optimizers score estimate sweep linearize layerwise native recognize plan factors replay retrain"
 
 
 def imports(source: str, modules: set[str]) -> Iterator[tuple[str, bool]]:

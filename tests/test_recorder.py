@@ -4,9 +4,12 @@ import contextlib
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ import torch
 from torch import nn
 
 import dit_fast as dit
+from dit_fast import background as background_module
 from dit_fast import log as log_module
 from dit_fast import recording as recording_module
 from dit_fast.background import ChunkBuffer, DeviceRows
@@ -466,7 +470,7 @@ STEP = {
     "ids outside": (naming([4, N]), ValueError, f"step 3: id {N} is outside the samples 0..{N - 1}"),
     "coefficients": (naming([4, 5], [0.1]), ValueError, "step 3: coefficients must be finite, one per id"),
     "NaN coefficients": (naming([4], [np.nan]), ValueError, "step 3: coefficients must be finite"),
-    "coefficients alone": (naming(coefficients=[1.0]), ValueError, "step 3: coefficients without ids"),
+    "coefficients alone": (naming(coefficients=[1.0]), ValueError, "step 3: coefficients or a batch without ids"),
     "scale": (lambda m, o, r: r.batch([1], scale=np.inf), ValueError, "step 3: scale must be finite"),
     "sparse gradient": (stepping(sparse_gradient), dit.UnsupportedError, "step 3: parameter '0.weight' has a sparse gradient"),
     "momentum later": (
@@ -546,7 +550,10 @@ def test_a_buffer_changed_behind_the_version_counter_is_found_at_close(tmp_path)
 
 UNSUPPORTED_MODULES = {
     "batch norm": (lambda: nn.BatchNorm1d(2), "BatchNorm1d '1' is in train mode"),
-    "dropout": (lambda: nn.Dropout(0.5), "Dropout '1' drops at random"),
+    "instance norm": (
+        lambda: nn.Sequential(nn.Unflatten(1, (1, 2)), nn.InstanceNorm1d(1, track_running_stats=True), nn.Flatten()),
+        "InstanceNorm1d '1.1' updates running statistics",
+    ),
 }
 
 
@@ -703,6 +710,79 @@ def test_short_writes(tmp_path, monkeypatch):
     with dit.Recorder(tmp_path / "log", model, optimizer, chunk_bytes=1) as recorder:
         history = train(model, optimizer, 9, recorder)
     assert assert_rows(tmp_path / "log", history).num_steps == 9
+
+
+class SlowFile(FailingFile):
+    """A file on a disk of so many bytes per second."""
+
+    speed = 1e6
+
+    def write(self, data):
+        time.sleep(len(data) / self.speed)
+        return self._file.write(data)
+
+
+def slow_run(path, monkeypatch, steps=24, action="always", **options):
+    """At least 10 ms a step, 80 kB of parameters each; the warnings of the whole run."""
+    monkeypatch.setattr(log_module, "open", lambda *args, **kw: SlowFile(open(*args, **kw)), raising=False)  # noqa: SIM115
+    monkeypatch.setattr(background_module, "SLOW_SECONDS", 0.1)
+    model = nn.Linear(200, 100, bias=False)
+    optimizer = sgd(model)
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        dit.Recorder(path, model, optimizer, chunk_bytes=400_000, queue_chunks=1, **options) as recorder,
+    ):
+        warnings.simplefilter(action)
+        for ids in batches(steps):
+            time.sleep(0.01)
+            optimizer.zero_grad()
+            model(torch.ones(5, 200)).square().mean().backward()
+            with recorder.step(ids):
+                optimizer.step()
+    assert dit.Trajectory.open(path).num_steps == steps
+    return [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
+
+
+def test_a_slow_disk_is_named_once_with_the_k_that_would_do(tmp_path, monkeypatch):
+    messages = slow_run(tmp_path / "log", monkeypatch)
+    assert len(messages) == 1
+    pattern = r"the log needs (\S+) MB/s, the disk reaches (\S+) MB/s; Recorder\(\.\.\., every=(\d+)\)"
+    needed, reached, every = re.search(pattern, messages[0]).groups()
+    assert 0.5 < float(reached) <= 1.0
+    assert (
+        float(reached) < float(needed) <= 100 * 4 / 3 * 0.08
+    )  # at most 100 steps a second, a row repeated in every chunk of four
+    assert slow_run(tmp_path / "sparse", monkeypatch, every=int(every)) == []
+
+
+def test_a_fast_disk_is_not_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(SlowFile, "speed", 1e9)
+    assert slow_run(tmp_path / "log", monkeypatch) == []
+
+
+@pytest.mark.parametrize(("waited", "elapsed", "is_slow"), [(1.5, 10, True), (1.5, 100, False), (0.5, 1, False)])
+def test_what_counts_as_slow(tmp_path, waited, elapsed, is_slow):
+    """More than a second, and more than a tenth of the run."""
+    model = net()
+    optimizer = sgd(model)
+    with dit.Recorder(tmp_path / "log", model, optimizer, chunk_bytes=1) as recorder:
+        train(model, optimizer, 9, recorder)
+        writer = recorder._recording.writer
+        deadline = time.perf_counter() + 10
+        while not writer._log.num_steps and time.perf_counter() < deadline:
+            time.sleep(0.01)
+        writer._pace.waited, writer._pace.began = waited, time.perf_counter() - elapsed
+        with pytest.warns(RuntimeWarning, match="slower than the run") if is_slow else contextlib.nullcontext():
+            writer.warn_if_slow()
+
+
+def test_a_slow_disk_as_an_error_leaves_a_whole_log(tmp_path, monkeypatch):
+    """Where the user turns warnings into errors, the step it comes in is refused and those before are written."""
+    with pytest.raises(RuntimeWarning, match=r"the disk under .* is slower than the run"):
+        slow_run(tmp_path / "log", monkeypatch, action="error")
+    run = dit.Trajectory.open(tmp_path / "log")
+    run.verify()
+    assert 0 < run.num_steps < 24
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])

@@ -15,6 +15,8 @@ Q queries, S positions in a sequence, I/O in and out features, R rank.
 from dit_fast import queries, reference
 from dit_fast.data import with_ids
 from dit_fast.errors import LogError, UnsupportedError
+from dit_fast.estimate import RetrainEstimate, ScoreEstimate, estimate_score
+from dit_fast.log_size import LogEstimate, estimate_log
 from dit_fast.ops import build_info
 from dit_fast.optimizers import SGD, Adam, AdamW
 from dit_fast.problem import Problem
@@ -30,11 +32,16 @@ __all__ = [
     "AdamW",
     "Influence",
     "LogError",
+    "LogEstimate",
     "Problem",
     "Recorder",
+    "RetrainEstimate",
+    "ScoreEstimate",
     "Trajectory",
     "UnsupportedError",
     "build_info",
+    "estimate_log",
+    "estimate_score",
     "leave_one_out",
     "queries",
     "reference",

@@ -1,7 +1,10 @@
 """What keeps the Recorder's disk and device work off the training thread: chunk buffers and the thread that writes them."""
 
+import math
 import queue
 import threading
+import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -10,6 +13,10 @@ from torch import Tensor
 
 from dit_fast.errors import LogError
 from dit_fast.log import Chunk, Header, LogWriter, first_nonfinite
+from dit_fast.log_size import segment_bytes
+
+# the disk is called too slow where it held the loop up for more than this share of the run, and for more than these seconds
+SLOW_SHARE, SLOW_SECONDS = 0.1, 1.0
 
 
 class ChunkBuffer(Chunk):
@@ -154,6 +161,16 @@ def nonfinite_message(step: int, name: str) -> str:
     return f"{when} NaN or infinity in parameter '{name}'; the log ends before it"
 
 
+class _Pace:
+    """How fast the run fills buffers and the disk empties them, in seconds and steps."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.taken = self.put_steps = 0
+        self.waited = self.writing = 0.0
+        self.warned = False
+
+
 class BackgroundWriter:
     """The thread that writes chunks and manifests in order. The first error ends the log; `check` raises it as LogError.
 
@@ -166,6 +183,7 @@ class BackgroundWriter:
         self._jobs: queue.SimpleQueue[tuple[ChunkBuffer | None, dict[str, int], bool] | None] = queue.SimpleQueue()
         self._free: queue.SimpleQueue[ChunkBuffer | None] = queue.SimpleQueue()
         self._error: str | None = None
+        self._pace = _Pace()
         self._thread = threading.Thread(target=self._run, name="dit_fast log writer", daemon=True)
         self._thread.start()
 
@@ -176,7 +194,11 @@ class BackgroundWriter:
 
     def take(self) -> ChunkBuffer:
         """An empty buffer; waits for the disk where all are full."""
+        start = time.perf_counter()
         buffer = self._free.get()
+        self._pace.taken += 1
+        if self._pace.taken > self._num_buffers:  # before, it is the making of the buffers that is waited for
+            self._pace.waited += time.perf_counter() - start
         if buffer is None:
             self._free.put(None)
             raise LogError(self._error)
@@ -184,7 +206,28 @@ class BackgroundWriter:
 
     def put(self, buffer: ChunkBuffer, marks: Mapping[str, int]) -> None:
         """Write this chunk; its buffer is free again afterwards."""
+        self._pace.put_steps += len(buffer.steps)
         self._jobs.put((buffer, dict(marks), False))
+
+    def warn_if_slow(self) -> None:
+        """One RuntimeWarning where the disk is slower than the run, with the MB/s needed and reached and a k that would do."""
+        pace, log = self._pace, self._log
+        elapsed = time.perf_counter() - pace.began
+        if pace.warned or pace.waited < SLOW_SECONDS or pace.waited < SLOW_SHARE * elapsed or not log.num_steps:
+            return
+        pace.warned = True
+        steps_per_second = pace.put_steps / max(elapsed - pace.waited, 1e-9)
+        needed = steps_per_second * log.num_bytes / log.num_steps
+        reached = log.num_bytes / max(pace.writing, 1e-9)
+        # a quarter more than the rows alone ask for: chunks repeat a row, and hold ids
+        every = max(math.ceil(1.25 * steps_per_second * segment_bytes(self._header) / reached), self._header.every + 1)
+        warnings.warn(
+            f"the disk under {log.path} is slower than the run and has held it up for {pace.waited:.1f} s: the log needs "
+            f"{needed / 1e6:.3g} MB/s, the disk reaches {reached / 1e6:.3g} MB/s; Recorder(..., every={every}) would write "
+            "less (estimate_log says how much)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def put_marks(self, marks: Mapping[str, int], complete: bool = False) -> None:
         """Write the manifest with these marks."""
@@ -232,6 +275,8 @@ class BackgroundWriter:
             problem = nonfinite_message(min(start + bad[0] * every, start + keep) - 1, self._header.name_at(bad[1]))
             keep = max(bad[0] - 1, 0) * every
         if keep:
+            start_time = time.perf_counter()
             self._log.add_chunk(Chunk(buffer.steps[:keep], buffer.rows, buffer.state, buffer.counts), marks)
+            self._pace.writing += time.perf_counter() - start_time
         if problem:
             raise LogError(problem)

@@ -69,7 +69,7 @@ def linearizer(ev: Evaluator, hessian: Hessian) -> Linearizer:
             weighted = deltas * batch.coefficients[:, None, None]
             gradient[weight] = weighted.flatten(0, 1).T @ inputs.flatten(0, 1)
             gradient |= {name: weighted.sum(dim=(0, 1)) for name in bias}
-        return with_l2(ev.l2, params, batch, gradient, pull)
+        return with_l2(ev.l2, params, batch, hessian, gradient, pull)
 
     return run
 

@@ -33,16 +33,18 @@ def linearize(
 ) -> Linearized:
     """The batch gradient and the pull at `params` (module docstring); at most `columns_per_pull` columns at once."""
     if mode == "forward_over_reverse":
+        if hessian != "exact":
+            raise ValueError(f"forward_over_reverse gives the exact Hessian, not hessian={hessian!r}")
         gradient, data_pull = _forward_over_reverse(ev, params, batch, columns_per_pull)
     elif hessian == "ggn":
         gradient, data_pull = _gauss_newton(ev, params, batch, columns_per_pull)
     else:
         gradient, data_pull = _double_backward(ev, params, batch, hessian, columns_per_pull)
-    return with_l2(ev.l2, params, batch, gradient, data_pull)
+    return with_l2(ev.l2, params, batch, hessian, gradient, data_pull)
 
 
-def with_l2(l2: float, params: Params, batch: Batch, gradient: Params, data_pull: Pull) -> Linearized:
-    """The same with ½·l2·‖θ‖² inside every per-sample loss."""
+def with_l2(l2: float, params: Params, batch: Batch, hessian: Hessian, gradient: Params, data_pull: Pull) -> Linearized:
+    """The same with ½·l2·‖θ‖² inside every per-sample loss; its curvature l2·Σa·I is exact, or 0 with hessian "none"."""
     if not l2:
         return gradient, data_pull
     strength = l2 * float(batch.coefficients.sum())
@@ -50,7 +52,8 @@ def with_l2(l2: float, params: Params, batch: Batch, gradient: Params, data_pull
     def pull(block: Params) -> tuple[Tensor, Params]:
         dots, hvp = data_pull(block)
         dots = dots + l2 * _inner(block, params)[:, None]
-        return dots, {name: value.add_(block[name], alpha=strength) for name, value in hvp.items()}
+        curvature = 0.0 if hessian == "none" else strength
+        return dots, {name: value.add_(block[name], alpha=curvature) for name, value in hvp.items()}
 
     return {name: value + strength * params[name] for name, value in gradient.items()}, pull
 
@@ -65,7 +68,9 @@ def choose_mode(ev: Evaluator, params: Params, batch: Batch, hessian: Hessian) -
     """
     generator = torch.Generator().manual_seed(0)
     probe = {n: torch.randn(2, *v.shape, generator=generator, dtype=v.dtype).to(v.device) for n, v in params.items()}
-    modes: tuple[Mode, ...] = ("double_backward", "forward_over_reverse") if hessian == "exact" else ("double_backward",)
+    # under torch.func some modules draw dropout's masks in another order than in training
+    has_forward = hessian == "exact" and batch.rng is None
+    modes: tuple[Mode, ...] = ("double_backward", "forward_over_reverse") if has_forward else ("double_backward",)
     failure: Exception | None = None
     for mode in modes:
         try:

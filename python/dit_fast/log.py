@@ -14,6 +14,9 @@ consecutive steps and stands alone, k being the manifest's `every`:
     coefficients  float64 [ΣB]        their a_b
     micro_sizes   int64 [Σcounts]     the sizes of the micro-batches; one, B, for an ordinary step
     micro_counts  int64 [n]           micro-batches per step
+    rng           uint8 [batches, size]    where dropout was active: the random generator's state before each micro-batch
+    batch_i, batch_i_shapes    where batches were stored: the i-th tensor of every micro-batch, flat, and their shapes;
+                                      the manifest's `batch` says how they belong together
     settings      float64 [n, groups, settings]    in the order of the manifest's `setting_names`
 
 The manifest names every finished chunk with its sha256 and carries its own, over its canonical JSON without that key.
@@ -30,9 +33,10 @@ While a Recorder lives it holds an advisory lock on the file `.lock` of the dire
 
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -59,6 +63,11 @@ _CODES = {
     torch.int64: "I64",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 
 
@@ -69,6 +78,7 @@ class Header:
     parameters: name → (shape, dtype). groups: name → index of the parameter group. optimizer: one rule per group.
     training_flags: module name → train or eval. constants: buffer name → value. frozen_digests: name → sha256 of the
     parameters that were not trained (`modules.tensor_digest`). reduction: "mean" or "sum", for information.
+    rng: "cpu" or "cuda", the random generator whose state is logged. batch_tree: the layout of stored batches (`as_tree`).
     clip: how gradients were clipped. every: k, the steps between two stored rows. log_dtype: of the stored rows, None = the
     parameters' own.
     """
@@ -84,6 +94,8 @@ class Header:
     clip: Clip = field(default_factory=Clip)
     every: int = 1
     log_dtype: torch.dtype | None = None
+    rng: str | None = None
+    batch_tree: Any = None
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -130,14 +142,16 @@ class Header:
 @dataclass(frozen=True)
 class Step:
     """What one step was made of: ids [B] int64, coefficients a [B] float64, the sizes of its micro-batches (sum B), the
-    settings of the optimizer [groups][settings] in the order of `setting_names`, and the positions of the parameters that
-    had no gradient."""
+    settings of the optimizer [groups][settings] in the order of `setting_names`, the positions of the parameters that
+    had no gradient, and per micro-batch the random generator's state and the tensors of the stored batch, where logged."""
 
     ids: Tensor
     coefficients: Tensor
     micro_sizes: tuple[int, ...]
     settings: list[list[float]]
     absent: tuple[int, ...] = ()
+    rng: tuple[Tensor, ...] = ()
+    batches: tuple[tuple[Tensor, ...], ...] = ()
 
 
 def update_counts(header: Header, before: Tensor, steps: Iterable[Step]) -> Tensor:
@@ -167,6 +181,38 @@ class Chunk:
     counts: Tensor
 
 
+def as_tree(batch: Any) -> tuple[Any, list[Tensor]]:
+    """A batch as (its layout in JSON, its tensors): dicts, lists and tuples of tensors and of plain values."""
+    found: list[Tensor] = []
+
+    def layout(tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            found.append(tree)
+            return {"tensor": len(found) - 1}
+        if isinstance(tree, Mapping):
+            return {"dict": {str(key): layout(value) for key, value in tree.items()}}
+        if isinstance(tree, list | tuple):
+            return {"list" if isinstance(tree, list) else "tuple": [layout(value) for value in tree]}
+        if tree is None or isinstance(tree, bool | int | float | str):
+            return {"value": tree}
+        raise TypeError(f"a stored batch holds tensors, dicts, lists, tuples and plain values, not {type(tree).__name__}")
+
+    return layout(batch), found
+
+
+def from_tree(layout: Any, tensors: Sequence[Tensor]) -> Any:
+    """The batch that `as_tree` took apart."""
+    ((kind, content),) = layout.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: from_tree(value, tensors) for key, value in content.items()}
+    if kind in ("list", "tuple"):
+        values = [from_tree(value, tensors) for value in content]
+        return values if kind == "list" else tuple(values)
+    return content
+
+
 def as_doubles(values: Any) -> Tensor:
     """A float64 copy on the CPU; through numpy, because torch reads Python floats as float32."""
     if isinstance(values, Tensor):
@@ -192,27 +238,7 @@ class LogWriter:
     def __init__(self, path: Path, header: Header) -> None:
         constants = safetensors.torch.save({n: v.contiguous() for n, v in (header.constants or {}).items()})
         digest, _ = _write_file(path / CONSTANTS, [constants])
-        head = {
-            "format": FORMAT,
-            "version": VERSION,
-            "parameters": [
-                {"name": n, "shape": list(s), "dtype": str(d).removeprefix("torch."), "group": header.groups[n]}
-                for n, (s, d) in header.parameters.items()
-            ],
-            "optimizer": optimizers.to_json(header.optimizer),
-            "setting_names": list(header.optimizer[0].setting_names),
-            "slots": list(header.slots),
-            "clip": {"norm": header.clip.norm, "value": header.clip.value},
-            "every": header.every,
-            "log_dtype": None if header.log_dtype is None else str(header.log_dtype).removeprefix("torch."),
-            "num_samples": header.num_samples,
-            "reduction": header.reduction,
-            "training_flags": header.training_flags,
-            "constants": {"file": CONSTANTS, "sha256": digest},
-            "frozen": header.frozen_digests,
-            "versions": {"dit_fast": _own_version(), "torch": torch.__version__},
-        }
-        self._begin(path, header, head, [], generation=0)
+        self._begin(path, header, manifest_head(header, digest), [], generation=0)
         self.update({}, complete=False)
 
     @classmethod
@@ -240,6 +266,11 @@ class LogWriter:
         """Steps in finished chunks."""
         return sum(chunk["steps"] for chunk in self._chunks)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of finished chunks."""
+        return sum(chunk["bytes"] for chunk in self._chunks)
+
     def add_chunk(self, chunk: "Chunk", marks: Mapping[str, int]) -> None:
         """The next len(chunk.steps) steps."""
         steps, segments = chunk.steps, self._header.num_segments(len(chunk.steps))
@@ -255,6 +286,12 @@ class LogWriter:
         }
         if self._header.slots:
             tensors |= {"state": chunk.state[:segments], "state_counts": chunk.counts[:segments]}
+        if self._header.rng:
+            tensors["rng"] = torch.stack([state for step in steps for state in step.rng])
+        if self._header.batch_tree is not None:
+            for i, leaf in enumerate(zip(*(batch for step in steps for batch in step.batches), strict=True)):
+                tensors[f"batch_{i}"] = torch.cat([tensor.reshape(-1) for tensor in leaf])
+                tensors[f"batch_{i}_shapes"] = torch.tensor([tensor.shape for tensor in leaf], dtype=torch.int64)
         file = chunk_name(len(self._chunks), self._generation)
         digest, size = _write_file(self.path / file, _safetensors(tensors))
         row = {"file": file, "start": self.num_steps, "steps": len(steps), "sha256": digest, "bytes": size}
@@ -266,6 +303,32 @@ class LogWriter:
         body = self._head | {"marks": dict(marks), "chunks": self._chunks, "complete": complete}
         text = json.dumps(body | {"sha256": canonical_digest(body)}, indent=1, allow_nan=False)
         _write_file(self.path / MANIFEST, [text.encode()])
+
+
+def manifest_head(header: Header, constants_digest: str) -> dict[str, Any]:
+    """The part of the manifest that stays: all but marks, chunks and whether the run was completed."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "parameters": [
+            {"name": n, "shape": list(s), "dtype": str(d).removeprefix("torch."), "group": header.groups[n]}
+            for n, (s, d) in header.parameters.items()
+        ],
+        "optimizer": optimizers.to_json(header.optimizer),
+        "setting_names": list(header.optimizer[0].setting_names),
+        "slots": list(header.slots),
+        "clip": {"norm": header.clip.norm, "value": header.clip.value},
+        "every": header.every,
+        "rng": header.rng,
+        "batch": header.batch_tree,
+        "log_dtype": None if header.log_dtype is None else str(header.log_dtype).removeprefix("torch."),
+        "num_samples": header.num_samples,
+        "reduction": header.reduction,
+        "training_flags": header.training_flags,
+        "constants": {"file": CONSTANTS, "sha256": constants_digest},
+        "frozen": header.frozen_digests,
+        "versions": {"dit_fast": _own_version(), "torch": torch.__version__},
+    }
 
 
 def _write_file(path: Path, buffers: Iterable[Any]) -> tuple[str, int]:
@@ -298,18 +361,23 @@ def _write_file(path: Path, buffers: Iterable[Any]) -> tuple[str, int]:
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> list[Any]:
     """The file as a header and the tensors' own memory; safetensors.save would copy it all while holding the GIL."""
+    return [
+        safetensors_head({name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}),
+        *(tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for tensor in tensors.values()),
+    ]
+
+
+def safetensors_head(tensors: Mapping[str, tuple[torch.dtype, list[int]]]) -> bytes:
+    """The beginning of a safetensors file that holds these tensors, name → (dtype, shape), in this order."""
     entries: dict[str, Any] = {}
     at = 0
-    for name, tensor in tensors.items():
-        end = at + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+    for name, (dtype, shape) in tensors.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [at, end]}
         at = end
     head = json.dumps(entries).encode()
     head += b" " * (-len(head) % 8)
-    return [
-        len(head).to_bytes(8, "little") + head,
-        *(tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for tensor in tensors.values()),
-    ]
+    return len(head).to_bytes(8, "little") + head
 
 
 def chunk_name(number: int, generation: int = 0) -> str:

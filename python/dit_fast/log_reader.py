@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import math
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,8 @@ class LogReader:
             clip=Clip(**data["clip"]),
             every=int(data["every"]),
             log_dtype=_LOG_DTYPES[data["log_dtype"]],
+            rng=data["rng"],
+            batch_tree=data["batch"],
         )
 
     def _check_chunks(self) -> None:
@@ -281,6 +285,8 @@ class _OpenChunk:
                 "state": (header.state_dtype, (segments, len(header.slots), header.row_size)),
                 "state_counts": (torch.int64, (segments, len(header.parameters))),
             }
+        if header.rng:
+            expected["rng"] = (torch.uint8, (sum(counts), data["rng"].shape[-1]))
         for name, (dtype, shape) in expected.items():
             if data[name].dtype != dtype or tuple(data[name].shape) != shape:
                 raise ValueError(f"{name} is {data[name].dtype} {tuple(data[name].shape)}, not {dtype} {shape}")
@@ -299,9 +305,31 @@ class _OpenChunk:
         batch_sizes = [sum(part) for part in parts]
         flat = zip(
             ids.split(batch_sizes), data["coefficients"].split(batch_sizes), parts, data["settings"].tolist(), absent,
+            _per_step(data["rng"].unbind() if header.rng else (), counts),
+            _per_step(_stored_batches(data) if header.batch_tree is not None else (), counts),
             strict=True,
         )  # fmt: skip
-        return [Step(i, a, tuple(part), values, tuple(missing)) for i, a, part, values, missing in flat]
+        return [
+            Step(i, a, tuple(part), values, tuple(missing), rng, batches) for i, a, part, values, missing, rng, batches in flat
+        ]
+
+
+def _per_step(values: Sequence[Any], counts: list[int]) -> list[tuple[Any, ...]]:
+    """One value per micro-batch as one tuple per step; empty ones where there are no values."""
+    if values and len(values) != sum(counts):
+        raise ValueError(f"{len(values)} values for {sum(counts)} micro-batches")
+    ends = [0, *accumulate(counts)]
+    return [tuple(values[a:b]) for a, b in pairwise(ends)]
+
+
+def _stored_batches(data: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:
+    """The tensors of every micro-batch."""
+    columns: list[list[Tensor]] = []
+    while f"batch_{len(columns)}" in data:
+        flat, shapes = data[f"batch_{len(columns)}"], data[f"batch_{len(columns)}_shapes"].tolist()
+        pieces = flat.split([math.prod(shape) for shape in shapes])
+        columns.append([piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)])
+    return list(zip(*columns, strict=True))
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:

@@ -64,7 +64,12 @@ def set_training_flags(model: nn.Module, flags: dict[str, bool]) -> None:
             module.training = flags[name]
 
 
-def refuse_unsupported(model: nn.Module) -> None:
+def has_active_dropout(model: nn.Module) -> bool:
+    """Whether a module drops at random with the training flags as they are."""
+    return any(module.training and _dropout_rate(module) > 0 for module in inner_module(model).modules())
+
+
+def refuse_unsupported(model: nn.Module, masks_are_logged: bool = False) -> None:
     """Raise UnsupportedError for modules whose per-sample loss depends on the rest of the batch or on chance.
 
     Called with the flags of training set: batch normalization and dropout are fine in eval mode.
@@ -80,7 +85,7 @@ def refuse_unsupported(model: nn.Module) -> None:
             )
         if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
             raise UnsupportedError(f"{where} updates running statistics in train mode; use track_running_stats=False")
-        if _dropout_rate(module) > 0:
+        if _dropout_rate(module) > 0 and not masks_are_logged:
             raise UnsupportedError(
                 f"{where} drops at random in train mode and its masks are not in the log; "
                 "set its rate to 0 or train with this module in eval mode"

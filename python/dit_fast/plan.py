@@ -1,13 +1,13 @@
 """What a score will cost, and how it is cut to fit: bytes, columns per sweep, columns per pull."""
 
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dit_fast.byte_sizes import format_bytes, parse_bytes
 from dit_fast.linearize import Hessian, Mode, linearize
 from dit_fast.problem import Batch, Evaluator, Params
 from dit_fast.trajectory import Window
@@ -22,8 +22,6 @@ BLOCK_SHARE, PULL_SHARE, REPLAY_SHARE = 0.4, 0.3, 0.2
 # a graph that saves more than this no longer shares the CPU's caches between columns: one column at a time is then as
 # fast as or faster than all at once, and smaller (`bench/bench_linearize.py`)
 CACHED_GRAPH_BYTES = 2 * 2**20
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 @dataclass(frozen=True)
@@ -68,15 +66,7 @@ def memory_budget(budget: int | float | str | None, device: torch.device) -> int
         if device.type == "cuda":
             return int(0.6 * torch.cuda.mem_get_info(device)[0])
         return int(0.6 * _free_host_memory())
-    if isinstance(budget, str):
-        match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*([A-Za-z]*)\s*", budget)
-        unit = match[2].upper().removesuffix("B") if match else None
-        if match is None or unit not in _UNITS:
-            raise ValueError(f"memory_budget {budget!r} is not understood: give bytes or a string such as '2GiB'")
-        budget = float(match[1]) * _UNITS[unit]
-    if not budget > 0:
-        raise ValueError(f"memory_budget must be positive, got {budget}")
-    return int(budget)
+    return parse_bytes(budget, "memory_budget")
 
 
 def columns_per_sweep(budget: int, num_parameters: int, num_samples: int, itemsize: int, num_blocks: int = 1) -> int:
@@ -89,6 +79,14 @@ def columns_per_sweep(budget: int, num_parameters: int, num_samples: int, itemsi
 
 def columns_per_pull(budget: int, ev: Evaluator, params: Params, batch: Batch, hessian: Hessian, mode: Mode) -> int:
     """How many columns go through one batch's graph together, from the bytes that graph saves for its backward."""
+    graph = graph_bytes(lambda: linearize(ev, params, batch, hessian, mode))
+    if ev.device.type == "cpu" and graph > CACHED_GRAPH_BYTES:
+        return 1
+    return max(1, int(PULL_SHARE * budget) // (GRAPHS_PER_COLUMN * graph))
+
+
+def graph_bytes(run: Callable[[], object]) -> int:
+    """Bytes that the autograd graph made by run() saves for its backward, at least 1."""
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -96,20 +94,8 @@ def columns_per_pull(budget: int, ev: Evaluator, params: Params, batch: Batch, h
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        linearize(ev, params, batch, hessian, mode)
-    graph = max(sum(saved.values()), 1)
-    if ev.device.type == "cpu" and graph > CACHED_GRAPH_BYTES:
-        return 1
-    return max(1, int(PULL_SHARE * budget) // (GRAPHS_PER_COLUMN * graph))
-
-
-def format_bytes(size: float) -> str:
-    """123456789 → "118 MiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:.3g} TiB"
+        run()
+    return max(sum(saved.values()), 1)
 
 
 def _free_host_memory() -> int:

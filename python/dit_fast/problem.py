@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast import modules, numerics
-from dit_fast.data import Samples, Unpacked, as_ids, default_unpack, place
+from dit_fast.data import Samples, Unpacked, as_ids, default_unpack, map_tensors, place
 from dit_fast.errors import LogError, UnsupportedError
 from dit_fast.trajectory import Trajectory
 
@@ -24,7 +24,7 @@ class Problem:
     per_sample_loss(output, target) -> [B], one unreduced loss per sample and in its unit, such as
         torch.nn.CrossEntropyLoss(reduction="none"). How they were summed in training (mean, sum, weights) is in the log.
     data: tensors with one row per sample, such as (x, y) (tuples and dicts of tensors count), or a map-style Dataset.
-        Row j is the sample with id j.
+        Row j is the sample with id j. None where the log holds the batches (`Recorder(store_batches=True)`).
     unpack(batch) -> (args, kwargs, target): how a batch calls the model. Default: (x, y) calls model(x); a dict with
         "labels" calls model(**the rest).
     collate_fn: as in DataLoader, for a Dataset.
@@ -38,7 +38,7 @@ class Problem:
         self,
         model: nn.Module,
         per_sample_loss: Callable[[Any, Any], Tensor],
-        data: Any,
+        data: Any = None,
         *,
         unpack: Callable[[Any], Unpacked] | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -52,32 +52,25 @@ class Problem:
             raise ValueError(f"l2 must be 0 or positive, got {l2}")
         self.model = modules.inner_module(model)
         self.per_sample_loss = per_sample_loss
-        self.samples = Samples(data, collate_fn)
+        self.samples = None if data is None else Samples(data, collate_fn)
         self.unpack = unpack or default_unpack
         self.l2 = float(l2)
 
     @property
-    def num_samples(self) -> int:
-        """N, the number of samples in `data`."""
-        return self.samples.num_samples
-
-    def select(self, sample_ids: Any) -> Tensor:
-        """The ids asked for [n] int64, all where None; TypeError or ValueError for ids that are not in the data."""
-        if sample_ids is None:
-            return torch.arange(self.num_samples)
-        ids = as_ids(sample_ids, "sample_ids")
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.num_samples):
-            raise ValueError(f"sample_ids must lie in 0..{self.num_samples - 1}, got {int(ids.min())}..{int(ids.max())}")
-        return ids
+    def num_samples(self) -> int | None:
+        """N, the number of samples in `data`; None where there are none."""
+        return None if self.samples is None else self.samples.num_samples
 
     def __repr__(self) -> str:
         size = sum(p.numel() for p in modules.trainable_parameters(self.model).values())
-        return f"Problem({type(self.model).__name__}, {size:,} parameters, {self.num_samples:,} samples, l2={self.l2:g})"
+        samples = "batches of the log" if self.num_samples is None else f"{self.num_samples:,} samples"
+        return f"Problem({type(self.model).__name__}, {size:,} parameters, {samples}, l2={self.l2:g})"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch as the model takes it; `ids` [B] and `coefficients` a [B] as logged, `step` for messages."""
+    """One batch as the model takes it; `ids` [B] and `coefficients` a [B] as logged, `step` for messages, `rng` the random
+    generator's state before its forward pass where dropout was active."""
 
     step: int
     ids: Tensor
@@ -85,6 +78,7 @@ class Batch:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     target: Any
+    rng: Tensor | None = None
 
 
 class _Scope(nn.Module):
@@ -126,6 +120,8 @@ class Evaluator:
             raise TypeError(f"problem must be a dit_fast.Problem, got {type(problem).__name__}")
         if dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        if problem.samples is None and not trajectory.stores_batches:
+            raise ValueError("the problem has no data and the log holds no batches: give Problem(model, loss, data)")
         if device is None:
             device = next((p.device for p in problem.model.parameters()), torch.device("cpu"))
         return cls(problem, trajectory, torch.device(device), dtype or default_dtype(trajectory))
@@ -140,6 +136,20 @@ class Evaluator:
             "dtype": str(self.dtype).removeprefix("torch."),
             "versions": {"dit_fast": version("dit_fast"), "torch": torch.__version__},
         }
+
+    @property
+    def num_samples(self) -> int:
+        """N, the number of samples in the problem's data, or in the log where there are none."""
+        return self.problem.num_samples or self.trajectory.num_samples
+
+    def select(self, sample_ids: Any) -> Tensor:
+        """The ids asked for [n] int64, all where None; TypeError or ValueError for ids that are not in the data."""
+        if sample_ids is None:
+            return torch.arange(self.num_samples)
+        ids = as_ids(sample_ids, "sample_ids")
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.num_samples):
+            raise ValueError(f"sample_ids must lie in 0..{self.num_samples - 1}, got {int(ids.min())}..{int(ids.max())}")
+        return ids
 
     @property
     def num_parameters(self) -> int:
@@ -160,7 +170,13 @@ class Evaluator:
             stack.enter_context(torch.enable_grad())
             if logged is not None:
                 modules.set_training_flags(self.problem.model, logged)
-            modules.refuse_unsupported(self.problem.model)
+            rng = self.trajectory.rng
+            if rng is not None and rng != self.device.type:
+                raise UnsupportedError(
+                    f"the log holds dropout's random states of {rng}, which give other masks on {self.device.type}: "
+                    f"score with device='{rng}'"
+                )
+            modules.refuse_unsupported(self.problem.model, masks_are_logged=rng is not None)
             yield
 
     @contextmanager
@@ -185,17 +201,39 @@ class Evaluator:
     def batches(self, t: int) -> list[Batch]:
         """The micro-batches of step t, one for an ordinary step."""
         ids, coefficients = self.trajectory.batch_ids(t), self.trajectory.coefficients(t)
-        return [self.batch(t, ids[part], coefficients[part]) for part in self.trajectory.micro_batches(t)]
+        parts = self.trajectory.micro_batches(t)
+        stored = self.trajectory.stored_batches(t) or [None] * len(parts)
+        states = self.trajectory.rng_states(t) or [None] * len(parts)
+        return [
+            # the state in memory of its own: torch reads it as larger numbers, which a file does not align
+            self.batch(t, ids[part], coefficients[part], batch, None if rng is None else rng.clone())
+            for part, batch, rng in zip(parts, stored, states, strict=True)
+        ]
 
-    def batch(self, t: int, ids: Tensor, coefficients: Tensor) -> Batch:
-        """These samples as the model takes them; LogError for ids outside the data."""
-        size = self.problem.num_samples
+    def part(self, batch: Batch, rows: slice) -> Batch:
+        """Some rows of a batch of the log as a batch of its own."""
+        if self.trajectory.stores_batches:
+            size = len(batch.ids)
+
+            def cut(leaf: Tensor) -> Tensor:
+                return leaf[rows] if leaf.ndim and len(leaf) == size else leaf
+
+            args, kwargs, target = map_tensors((batch.args, batch.kwargs, batch.target), cut)
+            return Batch(batch.step, batch.ids[rows], batch.coefficients[rows], args, kwargs, target, batch.rng)
+        return self.batch(batch.step, batch.ids[rows], batch.coefficients[rows])
+
+    def batch(self, t: int, ids: Tensor, coefficients: Tensor, stored: Any = None, rng: Tensor | None = None) -> Batch:
+        """These samples as the model takes them, from the data or as `stored`; LogError for ids outside the data."""
+        size = self.num_samples
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
             raise LogError(
                 f"step {t}: sample id {int(ids.max())} is outside the data ({size} samples): is it another data set?"
             )
-        args, kwargs, target = self.unpack(self.problem.samples.batch(ids))
-        return Batch(t, ids, coefficients.to(self.device, self.dtype), args, kwargs, target)
+        if stored is None:
+            assert self.problem.samples is not None
+            stored = self.problem.samples.batch(ids)
+        args, kwargs, target = self.unpack(stored)
+        return Batch(t, ids, coefficients.to(self.device, self.dtype), args, kwargs, target, rng)
 
     def unpack(self, batch: Any) -> Unpacked:
         """(args, kwargs, target) on this device and in this dtype."""
@@ -217,11 +255,22 @@ class Evaluator:
 
     def output(self, params: Params, batch: Batch) -> Any:
         """The model's output for a batch."""
+        self.seed(batch)
         return self.call(params, lambda model: model(*batch.args, **batch.kwargs))
 
     def losses(self, params: Params, batch: Batch) -> Tensor:
         """ℓ_b(θ) [B] without the l2 part."""
+        self.seed(batch)
         return self.call(params, lambda model: self.losses_of(model(*batch.args, **batch.kwargs), batch.target, len(batch.ids)))
+
+    def seed(self, batch: Batch) -> None:
+        """Puts the random generator where it was before the batch's forward pass, so that dropout's masks come again."""
+        if batch.rng is None:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(batch.rng, self.device)
+        else:
+            torch.set_rng_state(batch.rng)
 
     def losses_of(self, output: Any, target: Any, size: int) -> Tensor:
         """per_sample_loss(output, target) checked to be one floating number for each of `size` samples."""

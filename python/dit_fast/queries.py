@@ -184,7 +184,7 @@ def values(ev: Evaluator, params: Params, query: Query) -> Tensor:
     """The query's values [Q] at `params`, differentiable in them. The caller has the model in eval mode."""
     if query.by_step is not None:
         raise ValueError("queries.gradients has no value, only gradients: it cannot be retrained or refined")
-    results = [(part.rows, _part_values(ev, params, part)) for part in query.parts]
+    results = [(part.rows, part_values(ev, params, part)) for part in query.parts]
     if query.size is None:
         return results[0][1]
     total = results[0][1].new_zeros(query.size)
@@ -200,7 +200,7 @@ def query_gradient(ev: Evaluator, t: int, params: Params, query: Query) -> Param
     inputs = _leaves(params)
     block: Params | None = None
     for part in query.parts:
-        result = _part_values(ev, inputs, part)
+        result = part_values(ev, inputs, part)
         block = block or {n: v.new_zeros((query.size or len(result), *v.shape)) for n, v in params.items()}
         rows = torch.arange(query.size or len(result))[part.rows].tolist()
         for i, row in enumerate(rows if result.requires_grad else []):
@@ -232,7 +232,7 @@ def sizes(ev: Evaluator, asked: Sequence[Query]) -> list[int]:
     for query in asked:
         if query.by_step is None:
             with ev.eval_mode():
-                first = _part_values(ev, params, query.parts[0])
+                first = part_values(ev, params, query.parts[0])
             if not first.requires_grad:
                 warnings.warn(f"query {query.label!r} does not depend on the parameters: its scores are 0", stacklevel=3)
         found.append(len(first) if query.size is None else query.size)
@@ -267,7 +267,8 @@ def _ready_gradient(ev: Evaluator, t: int, by_step: Mapping[int, Tensor]) -> Par
     return {name: piece.reshape(-1, *ev.shapes[name]).clone() for name, piece in zip(ev.shapes, pieces, strict=True)}
 
 
-def _part_values(ev: Evaluator, params: Params, part: Part) -> Tensor:
+def part_values(ev: Evaluator, params: Params, part: Part) -> Tensor:
+    """The values of one part of a query at `params`. The caller has the model in eval mode."""
     return ev.call(params, lambda model: part.fn(model, ev))
 
 

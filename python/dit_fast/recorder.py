@@ -8,23 +8,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dit_fast import directory, modules, optimizers, resumption
+from dit_fast.byte_sizes import parse_bytes
 from dit_fast.data import as_ids
 from dit_fast.errors import LogError, UnsupportedError
-from dit_fast.log import Step, as_doubles
+from dit_fast.log import Step, as_doubles, as_tree
 from dit_fast.log_reader import LogReader
+from dit_fast.log_size import LOG_DTYPES, DiskBudget
 from dit_fast.ranks import Ranks
 from dit_fast.recording import Recording, Source, Watch, header_of
 
 _recorded_optimizers: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
 _recorders: "weakref.WeakSet[Recorder]" = weakref.WeakSet()
 _recorded_paths: set[Path] = set()
-_LOG_DTYPES = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Recorder:
@@ -49,13 +50,20 @@ class Recorder:
     reduction: how the loss given to backward() was reduced over the batch: "mean", a_b = scale / B, or "sum", a_b = scale.
     num_samples: N; ids at or above it are refused. None = not known.
     every: k; parameters are stored before every k-th step only and those between replayed when scores are computed, which
-        costs about one training run more and needs the problem to reproduce the run to rounding.
+        costs about one training run more and needs the problem to reproduce the run to rounding. "auto": the smallest k
+        with which the log of `total_steps` steps fits `disk_budget`, found at the first step, whose batch size is taken
+        for that of all steps; ValueError there where none fits. `estimate_log` says what a run would take.
+    disk_budget, total_steps: for every="auto": bytes or a string such as "2GiB", and the number of steps of the run. A
+        longer run takes more than the budget.
     clip_norm, clip_value: the limit where you clip gradients before each step, by torch.nn.utils.clip_grad_norm_ (Euclidean,
         over all parameters logged) or clip_grad_value_. The Recorder does not clip; it has to be told.
+    store_batches: keep the batches themselves, given as `step(ids, batch=(x, y))`, so that scores need no data: for random
+        augmentation, or data that will not be there.
     log_dtype: "bfloat16" or "float16" to halve the log of float32 parameters, at a cost in accuracy (README).
     chunk_bytes: size of a chunk on disk and of its buffer in memory; 4 to 512 steps are kept to a chunk in any case.
     queue_chunks: full chunks that may wait for the disk; when there are more, the training loop waits. The Recorder holds
-        queue_chunks + 1 buffers, pinned where the parameters are on a GPU.
+        queue_chunks + 1 buffers, pinned where the parameters are on a GPU. Where waiting takes more than a tenth of the run,
+        one RuntimeWarning names the MB/s needed, those reached and an `every` that would do.
     overwrite: see path.
     resume: go on with the log at path, where there is one (else a new one begins). Load model and optimizer from a checkpoint
         first: the Recorder finds the last logged step that has the model's parameters bit for bit (`num_steps` is then this
@@ -83,9 +91,12 @@ class Recorder:
         *,
         reduction: str = "mean",
         num_samples: int | None = None,
-        every: int = 1,
+        every: int | Literal["auto"] = 1,
+        disk_budget: int | float | str | None = None,
+        total_steps: int | None = None,
         clip_norm: float | None = None,
         clip_value: float | None = None,
+        store_batches: bool = False,
         log_dtype: str | None = None,
         chunk_bytes: int = 64 << 20,
         queue_chunks: int = 2,
@@ -94,18 +105,20 @@ class Recorder:
     ) -> None:
         if reduction not in ("mean", "sum"):
             raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
-        sizes = {"chunk_bytes": chunk_bytes, "queue_chunks": queue_chunks, "num_samples": num_samples, "every": every}
         if overwrite and resume:
             raise ValueError("resume=True goes on with a log and overwrite=True deletes it; give one of them")
+        self._every, self._disk_budget = _read_every(every, disk_budget, total_steps)
+        sizes = {"chunk_bytes": chunk_bytes, "queue_chunks": queue_chunks, "num_samples": num_samples, "every": self._every}
+        sizes["total_steps"] = total_steps
         for name, value in sizes.items():
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if log_dtype not in _LOG_DTYPES:
+        if log_dtype not in LOG_DTYPES:
             raise ValueError(f'log_dtype must be "bfloat16", "float16" or None, got {log_dtype!r}')
         self._clip = optimizers.Clip(clip_norm, clip_value)
-        self._every, self._log_dtype = every, _LOG_DTYPES[log_dtype]
+        self._total_steps, self._log_dtype, self._store_batches = total_steps, LOG_DTYPES[log_dtype], store_batches
         self._rules = optimizers.from_torch(optimizer)
         if optimizer in _recorded_optimizers:
             raise LogError("this optimizer is being recorded already; close() the other Recorder first")
@@ -123,6 +136,9 @@ class Recorder:
         _check_parameters(self._model, self._params, self._held)
 
         self.path = Path(path)
+        self._pending: list[_Named] = []
+        self._rng: list[Tensor] = []
+        self._stored_layout: Any = None
         self._claim: directory.Claim | None = None
         self._point: resumption.Point | None = None
         try:
@@ -135,12 +151,15 @@ class Recorder:
         self._num_steps, self._marks = places[0].step, dict(places[0].marks)
         # a run that goes on may set again what it set just before it was stopped
         self._repeatable = {name for name, step in self._marks.items() if step == self._num_steps}
-        self._pending: list[tuple[Tensor, Tensor]] = []
         self._scope: _StepScope | None = None
         self._parts: list[_Part] | None = None
         self._recording: Watch | None = None
         self._pid, self._closed = os.getpid(), False
-        self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+            self._model.register_forward_pre_hook(self._before_forward),
+        ]
         _recorded_optimizers.add(optimizer)
         _recorders.add(self)
         self._at_exit = _closer(weakref.ref(self))
@@ -151,26 +170,32 @@ class Recorder:
         """Steps logged so far, those still in memory included."""
         return self._num_steps
 
-    def step(self, ids: Any = None, coefficients: Any = None) -> "_StepScope":
+    @property
+    def every(self) -> int | None:
+        """k; with every="auto" None until the first step."""
+        return self._every if self._recording is None else self._recording.every
+
+    def step(self, ids: Any = None, coefficients: Any = None, batch: Any = None) -> "_StepScope":
         """`with recorder.step(ids): optimizer.step()`: exactly one step, made from these samples.
 
         ids: integers [B], a tensor on any device (on the CPU there is nothing to wait for), array or list; an id may
             occur several times. None: the samples named by `batch` before.
         coefficients: a_b [B], the factor of each sample's loss in the loss given to backward(); None: by `reduction`.
+        batch: with store_batches, what the problem's `unpack` takes, such as (x, y), as the model saw it.
         """
         self._check_open()
-        if ids is None and coefficients is not None:
-            raise ValueError(f"step {self._num_steps}: coefficients without ids")
-        return _StepScope(self, None if ids is None else self._read(ids, 1.0, coefficients))
+        if ids is None and not (coefficients is None and batch is None):
+            raise ValueError(f"step {self._num_steps}: coefficients or a batch without ids")
+        return _StepScope(self, None if ids is None else self._read(ids, 1.0, coefficients, batch))
 
-    def batch(self, ids: Any, scale: float = 1.0, coefficients: Any = None) -> None:
+    def batch(self, ids: Any, scale: float = 1.0, coefficients: Any = None, batch: Any = None) -> None:
         """Name the samples of one backward() of the next step; call it once for each where gradients are accumulated.
 
         scale: the factor of this batch's loss, 1/M for M micro-batches whose losses are divided by M.
-        ids, coefficients: as in `step`; coefficients are multiplied by scale.
+        ids, coefficients, batch: as in `step`; coefficients are multiplied by scale.
         """
         self._check_open()
-        self._pending.append(self._read(ids, scale, coefficients))
+        self._pending.append(self._read(ids, scale, coefficients, batch))
 
     def mark(self, name: str) -> None:
         """Name this moment, such as the end of an epoch: `windows="epochs"` are the steps between marks.
@@ -203,7 +228,7 @@ class Recorder:
             if str(own) != str(error):  # the user's exception goes on, ours beside it
                 error.add_note(f"dit_fast.Recorder: {own}")
 
-    def _read(self, ids: Any, scale: float, coefficients: Any) -> tuple[Tensor, Tensor]:
+    def _read(self, ids: Any, scale: float, coefficients: Any, stored: Any) -> "_Named":
         where = f"step {self._num_steps}"
         try:
             batch = as_ids(ids, f"{where}: ids").clone()
@@ -219,16 +244,45 @@ class Recorder:
             raise ValueError(f"{where}: id {low if low < 0 else high} is outside the samples 0{limit}")
         if not math.isfinite(scale):
             raise ValueError(f"{where}: scale must be finite, got {scale}")
+        kept = self._read_stored(where, stored)
         if coefficients is None:
-            return batch, torch.full(
-                (len(batch),), scale / (len(batch) if self._reduction == "mean" else 1), dtype=torch.float64
-            )
+            share = scale / (len(batch) if self._reduction == "mean" else 1)
+            return _Named(batch, torch.full((len(batch),), share, dtype=torch.float64), kept)
         weights = as_doubles(coefficients)
         if weights.shape != batch.shape or not torch.isfinite(weights).all():
             raise ValueError(
                 f"{where}: coefficients must be finite, one per id: got {list(weights.shape)} for {len(batch)} ids"
             )
-        return batch, weights * scale
+        return _Named(batch, weights * scale, kept)
+
+    def _read_stored(self, where: str, stored: Any) -> "_Stored | None":
+        """A copy of the batch on the host, on its way there where it is on a GPU."""
+        if self._store_batches != (stored is not None):
+            need = "needs the batch: step(ids, batch=(x, y))" if self._store_batches else "is needed to keep a batch"
+            raise ValueError(f"{where}: store_batches=True {need}")
+        if stored is None:
+            return None
+        try:
+            layout, tensors = as_tree(stored)
+        except TypeError as error:
+            raise TypeError(f"{where}: {error}") from error
+        if self._stored_layout not in (None, layout):
+            raise ValueError(f"{where}: the batch is laid out as {layout}, those before as {self._stored_layout}")
+        self._stored_layout = layout
+        return _Stored(layout, tuple(_to_host(tensor) for tensor in tensors))
+
+    def _before_forward(self, model: nn.Module, args: Any) -> None:
+        """Notes the random generator's state before each training forward pass whose dropout is active."""
+        if self._elsewhere() or not torch.is_grad_enabled():
+            return
+        device = next(iter(self._params.values())).device
+        if torch.is_autocast_enabled(device.type):
+            raise UnsupportedError(
+                f"step {self._num_steps}: the model runs under autocast, in less than float32: its steps cannot be "
+                "reproduced; train in float32 (torch.autocast(..., enabled=False))"
+            )
+        if modules.has_active_dropout(model):
+            self._rng.append(torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state())
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._elsewhere():
@@ -262,7 +316,7 @@ class Recorder:
             )
         else:
             self._recording = Watch(self._source())
-        return _Part(self._pending, optimizers.group_settings(self._optimizer, self._rules), absent)
+        return _Part(self._pending, tuple(self._rng), optimizers.group_settings(self._optimizer, self._rules), absent)
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         parts, self._parts = self._parts, None
@@ -270,15 +324,20 @@ class Recorder:
             return
         self._check_named()
         absent = self._check_gradients()
-        size = self._ranks.size
-        pending = self._pending if size == 1 else [batch for part in parts for batch in part.batches]
-        ids, coefficients = (torch.cat(batches) for batches in zip(*pending, strict=True))
-        sizes = tuple(len(batch) for batch, _ in pending)
-        self._pending = []
+        size, own, own_rng = self._ranks.size, self._pending, tuple(self._rng)
+        pending = own if size == 1 else [named for part in parts for named in part.batches]
+        rng = own_rng if size == 1 else tuple(state for part in parts for state in part.rng)
+        self._pending, self._rng = [], []
+        if bool(rng) != self._recording.has_dropout:
+            raise UnsupportedError(f"step {self._num_steps}: dropout must be active in all steps of a log or in none")
+        # DistributedDataParallel takes the mean of the processes' gradients
+        coefficients = torch.cat([named.coefficients for named in pending]) / size
+        sizes = tuple(len(named.ids) for named in pending)
+        batches = tuple(named.stored.tensors for named in pending if named.stored is not None)
+        step = Step(torch.cat([named.ids for named in pending]), coefficients, sizes, parts[0].settings, absent, rng, batches)
         if self._scope is not None:
             self._scope.done = True
-        # DistributedDataParallel takes the mean of the processes' gradients
-        self._recording.add(Step(ids, coefficients / size, sizes, parts[0].settings, absent), self._marks)
+        self._recording.add(step, self._marks)
         self._num_steps += 1
 
     def _open(self, overwrite: bool, resume: bool) -> "_Place":
@@ -318,6 +377,8 @@ class Recorder:
         if not log.num_steps:
             directory.prepare(self.path, overwrite=True, resume=False)
             return None
+        if self._every is None:  # "auto": as it was chosen when the run began
+            self._every, self._disk_budget = log.header.every, None
         resumption.check_same(log, header_of(self._source()), with_flags=False)
         return resumption.find_point(log, self._params, self._optimizer)
 
@@ -334,14 +395,25 @@ class Recorder:
         groups = {name: self._held[p] for name, p in self._params.items()}
         return Source(
             self._model, self._params, groups, self._optimizer, self._rules, self._reduction, self._num_samples,
-            self._clip, self._every, self._log_dtype,
+            self._clip, self._every or 1, self._log_dtype, bool(self._rng), self._stored_layout, self._budget(),
         )  # fmt: skip
+
+    def _budget(self) -> DiskBudget | None:
+        if self._disk_budget is None or self._total_steps is None:
+            return None
+        self._check_named()  # the batch's size counts, so a closure is too late to name it
+        return DiskBudget(self._disk_budget, self._total_steps, sum(len(named.ids) for named in self._pending))
 
     def _check_named(self) -> None:
         if not self._pending:
             raise LogError(
                 f"step {self._num_steps}: optimizer.step() without ids; call it within `with recorder.step(ids):` "
                 "or after recorder.batch(ids)"
+            )
+        if self._rng and len(self._rng) != len(self._pending):
+            raise UnsupportedError(
+                f"step {self._num_steps}: {len(self._rng)} forward passes of the model for {len(self._pending)} named batches; "
+                "dropout's masks can be replayed only where each named batch is one forward pass (others under torch.no_grad())"
             )
 
     def _check_gradients(self) -> tuple[int, ...]:
@@ -399,7 +471,8 @@ class Recorder:
 class _Part:
     """What one process adds to a step; absent is None where a closure has yet to compute the gradients."""
 
-    batches: list[tuple[Tensor, Tensor]]
+    batches: list["_Named"]
+    rng: tuple[Tensor, ...]
     settings: list[list[float]]
     absent: tuple[int, ...] | None
 
@@ -413,10 +486,27 @@ class _Place:
     digests: dict[str, str] | None
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A batch taken apart: its layout and its tensors on the host."""
+
+    layout: Any
+    tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Named:
+    """The samples of one backward(): ids [B], coefficients a [B], and the batch itself where it is stored."""
+
+    ids: Tensor
+    coefficients: Tensor
+    stored: _Stored | None
+
+
 class _StepScope:
     """`with recorder.step(...)`: names its batch on entry, and wants exactly one step by the time it is left."""
 
-    def __init__(self, recorder: Recorder, batch: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(self, recorder: Recorder, batch: _Named | None) -> None:
         self._recorder, self._batch = recorder, batch
         self.done = False
 
@@ -441,6 +531,28 @@ class _StepScope:
             recorder._pending = []
             if error is None:
                 raise LogError(f"step {recorder.num_steps}: recorder.step() ended without optimizer.step(); nothing was logged")
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in memory of its own; from a GPU without waiting, as the chunk's event covers it."""
+    tensor = tensor.detach()
+    if tensor.device.type == "cpu":
+        return tensor.clone(memory_format=torch.contiguous_format)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _read_every(every: Any, disk_budget: Any, total_steps: Any) -> tuple[int | None, int | None]:
+    """(every, disk_budget in bytes), one of them None; ValueError where they do not go together."""
+    if every != "auto":
+        if disk_budget is not None or total_steps is not None:
+            raise ValueError('disk_budget and total_steps are for every="auto"')
+        if every is None:
+            raise ValueError('every must be a positive integer or "auto", got None')
+        return every, None
+    if disk_budget is None or total_steps is None:
+        raise ValueError('every="auto" needs disk_budget (bytes or "2GiB") and total_steps, the number of steps of the run')
+    return None, parse_bytes(disk_budget, "disk_budget")
 
 
 def _num_processes() -> int:

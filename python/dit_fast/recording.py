@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,8 @@ from dit_fast.background import (
 )
 from dit_fast.errors import LogError, UnsupportedError
 from dit_fast.log import MANIFEST, Header, LogWriter, Step, update_counts
+from dit_fast.log_size import DiskBudget, choose_every, steps_per_chunk
 from dit_fast.optimizers import Clip, Rule
-
-# a chunk repeats one row of its neighbour, so not too few; a killed run loses the chunk it was filling, so not too many
-_MIN_STEPS, _MAX_STEPS = 4, 512
 
 
 class _Fixed:
@@ -56,7 +55,7 @@ class _Fixed:
 @dataclass(frozen=True)
 class Source:
     """What is recorded: the user's module, its logged parameters and the parameter group of each, and what is known of
-    the run before it starts."""
+    the run before it starts. disk_budget: choose `every` from it."""
 
     model: nn.Module
     params: dict[str, nn.Parameter]
@@ -68,6 +67,9 @@ class Source:
     clip: Clip
     every: int
     log_dtype: torch.dtype | None
+    has_dropout: bool
+    batch_tree: Any
+    disk_budget: DiskBudget | None = None
 
 
 class Watch:
@@ -75,7 +77,8 @@ class Watch:
     step; raises what the Recorder documents."""
 
     def __init__(self, source: Source) -> None:
-        modules.refuse_unsupported(source.model)
+        modules.refuse_unsupported(source.model, masks_are_logged=source.has_dropout)
+        self.every, self.has_dropout = source.every, source.has_dropout
         self._params = source.params
         self._modules = dict(source.model.named_modules())
         self._flags = modules.training_flags(source.model)
@@ -128,17 +131,19 @@ class Recording(Watch):
     ) -> None:
         super().__init__(source)
         header = _header(source, self._fixed)
+        if source.disk_budget is not None:
+            header = replace(header, every=choose_every(header, source.disk_budget, chunk_bytes))
         if point is not None:
             point.check_params(source.params)
             resumption.check_same(point.log, header, with_flags=True)
             header = point.log.header
-        self._header = header
+        self._header, self.every = header, header.every
         self._optimizer = source.optimizer
         self._counts = resumption.update_counts(source.params, source.optimizer) if point is None else point.counts
         self._device = _common_device(source.params)
         params = list(source.params.values())
         rows = self._rows = HostRows(header, params) if self._device.type == "cpu" else DeviceRows(header, params)
-        capacity = _capacity(header, chunk_bytes)
+        capacity = steps_per_chunk(header, chunk_bytes)
         if point is None and (path / MANIFEST).exists():
             raise LogError(f"{path} holds a log by now: does another Recorder write there? choose another path")
         try:
@@ -157,6 +162,7 @@ class Recording(Watch):
 
     def check(self, step: int) -> None:
         """LogError where the flags, a fixed tensor or a parameter is not what it was after the step before."""
+        self.writer.warn_if_slow()
         super().check(step)
         self._check_params(step)
 
@@ -229,15 +235,6 @@ class Recording(Watch):
             raise LogError(changed_message(step, name) if is_finite else nonfinite_message(step - 1, name))
 
 
-def _capacity(header: Header, chunk_bytes: int) -> int:
-    """Steps of a chunk: a multiple of `every` that fits chunk_bytes, within the limits above."""
-    row_bytes = max(header.row_size * header.row_dtype.itemsize, 1)
-    if header.every == 1:
-        return min(max(chunk_bytes // row_bytes - 1, _MIN_STEPS), _MAX_STEPS)
-    segment_bytes = row_bytes + len(header.slots) * header.row_size * header.state_dtype.itemsize
-    return header.every * min(max(chunk_bytes // segment_bytes, 1), max(_MAX_STEPS // header.every, 1))
-
-
 def header_of(source: Source) -> Header:
     """What is known of a run that starts as things are now."""
     return _header(source, _fixed_tensors(source.model, source.params))
@@ -256,6 +253,8 @@ def _header(source: Source, fixed: list[_Fixed]) -> Header:
         clip=source.clip,
         every=source.every,
         log_dtype=source.log_dtype,
+        rng=next(iter(source.params.values())).device.type if source.has_dropout else None,
+        batch_tree=source.batch_tree,
     )
 
 

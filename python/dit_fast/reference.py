@@ -55,13 +55,13 @@ def score(
     spans = trajectory.windows(windows)
     literal = _Literal(problem, trajectory, device, dtype)
     asked = queries.as_list(query)
-    ids = problem.select(sample_ids)
+    ids = literal.ev.select(sample_ids)
     ends = sorted({t for window in spans for t in (window.start, window.stop)} - {0})
     with literal.ev.session():
         if check:
             literal.check(ends[-1])
         sizes = queries.sizes(literal.ev, asked)
-        endpoint_scores = {0: torch.zeros(sum(sizes), problem.num_samples, dtype=torch.float64)}
+        endpoint_scores = {0: torch.zeros(sum(sizes), literal.ev.num_samples, dtype=torch.float64)}
         with progress_bar(sum(ends) * sum(sizes), "reference", show_progress) as bar:
             literal.retrace(ends[-1] if query_at == "endpoint" else trajectory.num_steps)
             for end in ends:
@@ -94,7 +94,7 @@ def leave_one_out(
     spans = trajectory.windows(windows)
     literal = _Literal(problem, trajectory, device, dtype)
     asked = queries.as_list(query)
-    removed = [[int(j)] for j in problem.select(sample_ids)] if groups is None else [[int(j) for j in g] for g in groups]
+    removed = [[int(j)] for j in literal.ev.select(sample_ids)] if groups is None else [[int(j) for j in g] for g in groups]
     ends = {t for window in spans for t in (window.start, window.stop)} - {0}
     with literal.ev.session():
         sizes = queries.sizes(literal.ev, asked)
@@ -132,6 +132,7 @@ class _Literal:
         self.points: dict[int, tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]] = {}
 
     def load(self, t: int) -> None:
+        self.step = t
         stored = self.points[t][0] if t in self.points else self.trajectory.params(t)
         for name, value in stored.items():
             self.parameters[name].data = value.to(self.ev.device, self.ev.dtype, copy=True)
@@ -180,12 +181,12 @@ class _Literal:
                 kind = self.trajectory.optimizer[self.trajectory.groups[name]].kind
                 group["decoupled_weight_decay"] = kind == "AdamW"
         optimizer.zero_grad()
-        for part in self.trajectory.micro_batches(t):
-            ids, coefficients = self.trajectory.batch_ids(t)[part], self.trajectory.coefficients(t)[part]
-            args, kwargs, target = self.ev.unpack(self.problem.samples.batch(ids))
-            losses = self.problem.per_sample_loss(self.model(*args, **kwargs), target) + self._penalty()
-            kept = torch.tensor([float(i not in left_out) for i in ids.tolist()])
-            (losses * (kept * coefficients).to(losses)).sum().backward()
+        for batch in self.ev.batches(t):
+            self.ev.seed(batch)
+            output = self.model(*batch.args, **batch.kwargs)
+            losses = self.problem.per_sample_loss(output, batch.target) + self._penalty()
+            kept = torch.tensor([float(i not in left_out) for i in batch.ids.tolist()]).to(losses)
+            (losses * (kept * batch.coefficients)).sum().backward()
         absent = self.trajectory.absent(t)
         for name, p in self.parameters.items():
             if name in absent:
@@ -199,9 +200,9 @@ class _Literal:
             torch.nn.utils.clip_grad_value_(self.parameters.values(), clip.value)
         optimizer.step()
 
-    def loss(self, sample: int) -> Tensor:
-        """ℓ_j(θ) of one sample, the l2 part included, from a batch of its own."""
-        return self._data_loss(sample)[0] + self._penalty()
+    def loss(self, position: int) -> Tensor:
+        """ℓ_b(θ) of the sample at one position of the step's batch, the l2 part included, from a batch of its own."""
+        return self._data_loss(position)[0] + self._penalty()
 
     def gradient(self, value: Tensor, create_graph: bool = False) -> Vector:
         flat = torch.autograd.grad(
@@ -229,18 +230,18 @@ class _Literal:
 
     def sweep(self, end: int, u: Vector, hessian: str, progress: Any) -> Tensor:
         """Scores [N] of [0, end) for the query gradient u."""
-        scores = torch.zeros(self.problem.num_samples, dtype=torch.float64)
+        scores = torch.zeros(self.ev.num_samples, dtype=torch.float64)
         names = list(self.parameters)
         # behind u, the cotangents of the optimizer's state
         states = {name: [torch.zeros_like(p) for _ in self.trajectory.slots] for name, p in self.parameters.items()}
         for t in reversed(range(end)):
             self.load(t)
             ids, coefficients = self.trajectory.batch_ids(t).tolist(), self.trajectory.coefficients(t).tolist()
-            g = self.gradient(sum(a * self.loss(j) for j, a in zip(ids, coefficients, strict=True)))
+            g = self.gradient(sum((a * self.loss(b) for b, a in enumerate(coefficients)), torch.zeros(())))
             u, c = self._step_backward(t, names, g, u, states)
-            for sample, a in zip(ids, coefficients, strict=True):
-                scores[sample] -= a * _inner(c, self.gradient(self.loss(sample)))
-            u = [piece + h for piece, h in zip(u, self._curvature(hessian, ids, coefficients, c), strict=True)]
+            for b, (sample, a) in enumerate(zip(ids, coefficients, strict=True)):
+                scores[sample] -= a * _inner(c, self.gradient(self.loss(b)))
+            u = [piece + h for piece, h in zip(u, self._curvature(hessian, coefficients, c), strict=True)]
             progress()
         return scores
 
@@ -308,10 +309,17 @@ class _Literal:
     def _settings(self, t: int, name: str) -> dict[str, float]:
         return dict(self.trajectory.settings(t)[self.trajectory.groups[name]])
 
-    def _data_loss(self, sample: int) -> tuple[Tensor, Any, Any]:
-        args, kwargs, target = self.ev.unpack(self.problem.samples.batch(torch.tensor([sample])))
-        output = self.model(*args, **kwargs)
-        return self.problem.per_sample_loss(output, target)[0], output, target
+    def _data_loss(self, position: int) -> tuple[Tensor, Any, Any, int]:
+        """Loss, output, target and row of one sample alone; with dropout, whose masks a batch draws together, in its batch."""
+        for batch in self.ev.batches(self.step):
+            if position < len(batch.ids):
+                break
+            position -= len(batch.ids)
+        if batch.rng is None:
+            batch, position = self.ev.part(batch, slice(position, position + 1)), 0
+        self.ev.seed(batch)
+        output = self.model(*batch.args, **batch.kwargs)
+        return self.problem.per_sample_loss(output, batch.target)[position], output, batch.target, position
 
     def _penalty(self) -> Tensor | float:
         if not self.problem.l2:
@@ -327,16 +335,18 @@ class _Literal:
     def _joined(query: Query, pieces: list[Tensor]) -> Tensor:
         return sum(pieces) if query.size == 1 else torch.cat(pieces)  # type: ignore[return-value]
 
-    def _curvature(self, hessian: str, ids: list[int], coefficients: list[float], c: Vector) -> Vector:
+    def _curvature(self, hessian: str, coefficients: list[float], c: Vector) -> Vector:
         """H c with H the exact or approximated second derivative of Σ_b a_b ℓ_b, l2·Σa·I always exact."""
         if hessian == "exact":
-            total = sum(a * self.loss(sample) for sample, a in zip(ids, coefficients, strict=True))
-            g = self.gradient(total, create_graph=True)  # type: ignore[arg-type]
+            total = sum((a * self.loss(b) for b, a in enumerate(coefficients)), torch.zeros(()))
+            g = self.gradient(total, create_graph=True)
             along = sum((piece * cc).sum() for piece, cc in zip(g, c, strict=True))
             return self.gradient(along) if along.requires_grad else [torch.zeros_like(cc) for cc in c]  # type: ignore
+        if hessian == "none":
+            return [torch.zeros_like(cc) for cc in c]
         product = [self.problem.l2 * sum(coefficients) * cc for cc in c]
-        for sample, a in zip(ids, coefficients, strict=True):
-            loss, output, target = self._data_loss(sample)
+        for b, a in enumerate(coefficients):
+            loss, output, target, place = self._data_loss(b)
             if hessian == "fisher":
                 g = self.gradient(loss)
                 weight = a * _inner(g, c)
@@ -344,14 +354,14 @@ class _Literal:
             elif hessian == "ggn":
                 outputs = [z for z in leaves(output) if z.requires_grad]
                 rows = [self.gradient(element) for z in outputs for element in z.reshape(-1)]
-                curvature = self._output_hessian(output, outputs, target)
+                curvature = self._output_hessian(output, outputs, target, place)
                 tangent = torch.tensor([_inner(row, c) for row in rows], dtype=curvature.dtype, device=curvature.device)
                 weights = a * (curvature @ tangent)
                 for weight, row in zip(weights, rows, strict=True):
                     product = [piece + weight * r for piece, r in zip(product, row, strict=True)]
         return product
 
-    def _output_hessian(self, output: Any, outputs: Vector, target: Any) -> Tensor:
+    def _output_hessian(self, output: Any, outputs: Vector, target: Any, place: int) -> Tensor:
         """∂²ℓ/∂z² of one sample over all elements z of its output tensors, dense."""
         sizes = [z.numel() for z in outputs]
 
@@ -359,7 +369,7 @@ class _Literal:
             pieces = iter(piece.reshape(z.shape) for piece, z in zip(flat.split(sizes), outputs, strict=True))
             replaced = {id(z): piece for z, piece in zip(outputs, pieces, strict=True)}
             tree = map_tensors(output, lambda z: replaced.get(id(z), z))
-            return self.problem.per_sample_loss(tree, target).sum()
+            return self.problem.per_sample_loss(tree, target)[place]
 
         return torch.autograd.functional.hessian(loss, torch.cat([z.detach().flatten() for z in outputs]))
 

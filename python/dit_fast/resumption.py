@@ -134,6 +134,10 @@ def _differences(then: Header, now: Header, with_flags: bool) -> Iterable[str]:
         if name not in buffers or name not in own or not _same(buffers[name], own[name]):
             yield f"buffer '{name}' is another one"
     if with_flags:
+        if (then.rng is None) != (now.rng is None):
+            yield f"dropout was {'in' if then.rng is None else ''}active in it and is not so now"
+        if then.batch_tree != now.batch_tree:
+            yield "its batches are stored in another way"
         yield from _different_items("train/eval flag of module", then.training_flags or {}, now.training_flags or {})
 
 

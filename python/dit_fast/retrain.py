@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_fast import plan, queries
+from dit_fast.byte_sizes import format_bytes
 from dit_fast.data import as_ids
 from dit_fast.guard import check_problem
 from dit_fast.problem import Batch, Evaluator, Params, Problem
@@ -53,7 +54,7 @@ def leave_one_out(
     ev = Evaluator.create(problem, trajectory, device, dtype)
     spans = trajectory.windows(windows)
     asked = queries.as_list(query)
-    removed = _removed(problem, sample_ids, groups)
+    removed = _removed(ev, sample_ids, groups)
     ends = sorted({t for window in spans for t in (window.start, window.stop)} - {0})
     with ev.session():
         budget = plan.memory_budget(memory_budget, ev.device)
@@ -74,12 +75,12 @@ def leave_one_out(
     )
 
 
-def _removed(problem: Problem, sample_ids: Any, groups: Sequence[Any] | None) -> list[Tensor]:
+def _removed(ev: Evaluator, sample_ids: Any, groups: Sequence[Any] | None) -> list[Tensor]:
     if groups is None:
-        return [ids[None] for ids in problem.select(sample_ids)]  # split(1) would make one piece of no ids
+        return [ids[None] for ids in ev.select(sample_ids)]  # split(1) would make one piece of no ids
     if sample_ids is not None:
         raise ValueError("give sample_ids or groups, not both")
-    return [problem.select(as_ids(group, "groups")).unique() for group in groups]
+    return [ev.select(as_ids(group, "groups")).unique() for group in groups]
 
 
 def _changes(
@@ -100,8 +101,8 @@ def _changes(
     if not order:
         return changes, {"models": 0}
     exact = Evaluator(ev.problem, ev.trajectory, ev.device, torch.float64)
-    mapper, num_blocks = _Mapper(), 1 + len(ev.trajectory.slots)
-    size = min(MODELS_AT_ONCE, _models_in_budget(ev, budget))
+    mapper, num_blocks = _Mapper(ev.trajectory.rng is None), 1 + len(ev.trajectory.slots)
+    size = models_at_once(ev, budget)
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
     with progress_bar(len(chunks) * ends[-1], "retraining", show_progress) as bar:
         for chunk in chunks:
@@ -109,12 +110,16 @@ def _changes(
                 name: [torch.zeros(len(chunk), *shape, dtype=ev.dtype, device=ev.device) for _ in range(num_blocks)]
                 for name, shape in ev.shapes.items()
             }
+            joined = 0
             for t in range(ends[-1]):
                 # models join when their first sample is about to be visited: before, d_j = 0
                 active = sum(first[j] <= t for j in chunk)
                 if active:
+                    point = replay.at(t)
+                    _join(ev, point, block, slice(joined, active))
+                    joined = active
                     advancing = {name: [value[:active] for value in blocks] for name, blocks in block.items()}
-                    _advance(ev, t, replay.at(t), advancing, [removed[j] for j in chunk[:active]], mapper)
+                    _advance(ev, t, point, advancing, [removed[j] for j in chunk[:active]], mapper)
                 if t + 1 in changes:
                     shifts = {name: blocks[0] for name, blocks in block.items()}
                     changes[t + 1][:, chunk] = _query_changes(exact, replay.params(t + 1), asked, shifts, mapper).cpu()
@@ -125,7 +130,10 @@ def _changes(
 def _advance(
     ev: Evaluator, t: int, point: Point, block: dict[str, list[Tensor]], removed: list[Tensor], mapper: "_Mapper"
 ) -> None:
-    """(d_j, change of the optimizer's state)[t] → [t+1] in place, for every row of `block`."""
+    """(d_j, optimizer state)[t] → [t+1] in place, for every row of `block`.
+
+    The state is each model's own, or for linear rules, which need no more, its difference from the logged one.
+    """
     trajectory = ev.trajectory
     # row 0 is the logged model itself, so that its gradient comes out of the same call
     models = {name: torch.cat([value[None], value + block[name][0]]) for name, value in point.params.items()}
@@ -139,12 +147,20 @@ def _advance(
             # the difference of two models obeys the rule too
             change, state = rule.forward(blocks[0], gradient[name][1:] - gradient[name][0], tuple(blocks[1:]), count, values)
         else:
-            logged = point.state[name]
-            states = tuple(torch.cat([slot[None], slot + d]) for slot, d in zip(logged, blocks[1:], strict=True))
+            states = tuple(torch.cat([s[None], own]) for s, own in zip(point.state[name], blocks[1:], strict=True))
             theta, states = rule.forward(models[name], gradient[name], states, count, values)
-            change, state = theta[1:] - theta[0], tuple(slot[1:] - slot[0] for slot in states)
+            change, state = theta[1:] - theta[0], tuple(slot[1:] for slot in states)
         for value, new in zip(blocks, (change, *state), strict=True):
             value.copy_(new)
+
+
+def _join(ev: Evaluator, point: Point, block: dict[str, list[Tensor]], rows: slice) -> None:
+    """Models that join begin with the logged optimizer state, or with no difference from it where the rule is linear."""
+    for name, state in point.state.items():
+        if ev.trajectory.optimizer[ev.trajectory.groups[name]].is_linear:
+            continue
+        for value, slot in zip(block[name][1:], state, strict=True):
+            value[rows] = slot
 
 
 def _gradients(ev: Evaluator, t: int, models: Params, removed: list[Tensor], mapper: "_Mapper") -> Params:
@@ -155,6 +171,11 @@ def _gradients(ev: Evaluator, t: int, models: Params, removed: list[Tensor], map
         weights = weights.to(ev.device, ev.dtype) * batch.coefficients
 
         def gradient(model: Params, weight: Tensor, batch: Batch = batch) -> Params:
+            if batch.rng is not None:  # under torch.func some modules draw their masks in another order
+                leaves = {name: value.detach().requires_grad_() for name, value in model.items()}
+                total = (weight * ev.losses(leaves, batch)).sum()
+                flat = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+                return dict(zip(leaves, flat, strict=True))
             return torch.func.grad(lambda point: (weight * ev.losses(point, batch)).sum())(model)
 
         gradients = mapper(gradient, models, weights)
@@ -180,10 +201,11 @@ def _query_changes(ev: Evaluator, params: Params, asked: list[Query], block: Par
 
 
 class _Mapper:
-    """vmap, or a plain loop from the first call on that vmap cannot take."""
+    """vmap, or a plain loop from the first call on that vmap cannot take; a loop too where dropout draws masks, which come
+    out in another order under vmap."""
 
-    def __init__(self) -> None:
-        self.vmapped = True
+    def __init__(self, vmapped: bool) -> None:
+        self.vmapped = vmapped
 
     def __call__(self, function: Callable[..., Any], *stacked: Any) -> Any:
         if self.vmapped:
@@ -206,15 +228,23 @@ def _row(tree: Any, i: int) -> Any:
 
 def _first_visits(ev: Evaluator, removed: list[Tensor], last: int) -> list[int]:
     """The first step each model differs in; `last` where there is none."""
-    first = torch.full((ev.problem.num_samples,), last)
+    first = torch.full((ev.num_samples,), last)
     for t in reversed(range(last)):
         ids = ev.trajectory.batch_ids(t)
         first[ids[ids < len(first)]] = t
     return [int(first[ids].min()) if len(ids) else last for ids in removed]
 
 
-def _models_in_budget(ev: Evaluator, budget: int) -> int:
-    """Models that advance together: their parameters, changes, gradients, and the activations of one batch."""
+def models_at_once(ev: Evaluator, budget: int) -> int:
+    """Models that advance together; ValueError where not one fits."""
+    one = bytes_per_model(ev)
+    if one > budget:
+        raise ValueError(f"one model needs {format_bytes(one)}, more than memory_budget = {format_bytes(budget)}")
+    return min(MODELS_AT_ONCE, budget // one)
+
+
+def bytes_per_model(ev: Evaluator) -> int:
+    """What a model advancing takes: its parameters, changes, gradients, and the activations of one batch."""
     params, batch = ev.params(0), ev.batches(0)[0]
     saved = 0
 
@@ -226,7 +256,4 @@ def _models_in_budget(ev: Evaluator, budget: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         ev.losses({name: value.detach().requires_grad_() for name, value in params.items()}, batch)
     # d, θ + d, gradient and its difference; the saved activations and as much again on the way back
-    one = (4 + 3 * len(ev.trajectory.slots)) * ev.num_parameters * ev.dtype.itemsize + 2 * saved
-    if one > budget:
-        raise ValueError(f"one model needs {plan.format_bytes(one)}, more than memory_budget = {plan.format_bytes(budget)}")
-    return budget // one
+    return (4 + 3 * len(ev.trajectory.slots)) * ev.num_parameters * ev.dtype.itemsize + 2 * saved

@@ -52,8 +52,8 @@ def score(
     query: one of `dit_fast.queries`, or a list, joined along Q.
     windows: None = the whole run; "epochs" = between marks; (t1, t2), a list of them, or {name: (t1, t2)}, in steps.
     sample_ids: the samples wanted; None = all N of the data.
-    hessian: "exact"; "ggn" (generalised Gauss–Newton); "fisher" (empirical, Σ a_b ∇ℓ_b ∇ℓ_bᵀ); "none" (H = 0: TracIn at
-        every step). The l2 part is exact in all but "none" of the data part.
+    hessian: "exact"; "ggn" (generalised Gauss–Newton); "fisher" (empirical, Σ a_b ∇ℓ_b ∇ℓ_bᵀ); "none" (H = 0, that of
+        l2 included: TracIn at every step). "ggn" and "fisher" approximate the data's part only, that of l2 stays exact.
     query_at: "endpoint" = q at each window end's own parameters; "final" = at the end of the run, as the official code does.
     method: "adjoint", or "retrain" = every score by true retraining (`leave_one_out`).
     refine: this many samples per window and query, those of largest |score|, get their true score by retraining;
@@ -69,7 +69,7 @@ def score(
     are left as they were.
     """
     began = time.perf_counter()
-    _check_options(hessian, query_at, method, backend, refine)
+    check_options(hessian, query_at, method, backend, refine)
     if (method == "retrain" or refine) and query_at == "final":
         raise ValueError("query_at='final' cannot be retrained: retraining asks the query itself at each end of a window")
     retraining: dict[str, Any] = {
@@ -82,7 +82,7 @@ def score(
         return leave_one_out(trajectory, problem, query, windows, sample_ids=sample_ids, check=check, **retraining)
     ev = Evaluator.create(problem, trajectory, device, dtype)
     spans = trajectory.windows(windows)
-    ids = problem.select(sample_ids)
+    ids = ev.select(sample_ids)
     asked = queries.as_list(query)
     with ev.session():
         budget = plan.memory_budget(memory_budget, ev.device)
@@ -123,12 +123,12 @@ def _adjoint_scores(
     show_progress: bool | None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Scores [W, Q, N] on the CPU, and what was chosen on the way."""
-    num_samples = ev.problem.num_samples
+    num_samples = ev.num_samples
     made, mix = plan.columns(windows, num_queries)
     blocks = 1 + len(ev.trajectory.slots)
     per_sweep = plan.columns_per_sweep(budget, ev.num_parameters, num_samples, ev.dtype.itemsize, blocks)
     chunks = [made[start : start + per_sweep] for start in range(0, len(made), per_sweep)]
-    linearizer, meta = _choose_linearizer(ev, hessian, backend, min(per_sweep, len(made)), budget)
+    linearizer, meta = choose_linearizer(ev, hessian, backend, min(per_sweep, len(made)), budget)
 
     def gradients(t: int) -> Params:
         point = t if query_at == "endpoint" else ev.trajectory.num_steps
@@ -145,9 +145,10 @@ def _adjoint_scores(
     return scores, meta | {"columns": len(made), "sweeps": len(chunks)}
 
 
-def _choose_linearizer(
+def choose_linearizer(
     ev: Evaluator, hessian: Hessian, backend: str, num_columns: int, budget: int
 ) -> tuple[Linearizer, dict[str, Any]]:
+    """The primitive for this net and curvature, and what it is."""
     params, batch = ev.params(0), ev.batches(0)[0]
     if backend != "generic":
         refusal = factors.refusal(ev, params, batch, hessian)
@@ -164,7 +165,8 @@ def _choose_linearizer(
     return generic, {"backend": "generic", "mode": mode, "columns_per_pull": min(limit, num_columns)}
 
 
-def _check_options(hessian: str, query_at: str, method: str, backend: str, refine: int) -> None:
+def check_options(hessian: str, query_at: str, method: str, backend: str, refine: int) -> None:
+    """ValueError for an option that there is not."""
     for name, value, allowed in (
         ("hessian", hessian, HESSIANS),
         ("query_at", query_at, ("endpoint", "final")),

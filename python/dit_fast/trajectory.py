@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_fast.arrays import has_length, integer, read_arrays
 from dit_fast.errors import LogError
-from dit_fast.log import Header, Step
+from dit_fast.log import Header, Step, from_tree
 from dit_fast.log_reader import LogReader
 from dit_fast.optimizers import Clip, Rule, State
 
@@ -228,6 +228,24 @@ class Trajectory:
         """The optimizer's settings in step t, one dict {"lr", "weight_decay", …} per parameter group."""
         values = self._step(t).settings
         return tuple(dict(zip(rule.setting_names, row, strict=True)) for rule, row in zip(self.optimizer, values, strict=True))
+
+    @property
+    def rng(self) -> str | None:
+        """The device type of the random generator whose states are logged, for dropout; None where they are not."""
+        return self._source.header.rng
+
+    @property
+    def stores_batches(self) -> bool:
+        """Whether the batches themselves are in the log, so that a Problem needs no data."""
+        return self._source.header.batch_tree is not None
+
+    def rng_states(self, t: int) -> tuple[Tensor, ...]:
+        """The random generator's state before each micro-batch of step t; empty where not logged."""
+        return self._step(t).rng
+
+    def stored_batches(self, t: int) -> list[Any]:
+        """The micro-batches of step t as the model saw them, in the layout they were given in; empty where not stored."""
+        return [from_tree(self._source.header.batch_tree, tensors) for tensors in self._step(t).batches]
 
     def verify(self) -> None:
         """Read everything and check it: every chunk's sha256, shapes, and that all parameters are finite; else LogError."""
