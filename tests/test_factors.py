@@ -165,9 +165,24 @@ def test_float32(net, hessian):
 
 @pytest.mark.parametrize("hessian", ["fisher", "none", "exact", "ggn"])
 def test_auto_takes_factors_where_they_hold(hessian):
-    run = run_of(NETS["mlp"])
+    """Where the net is not compiled: a linear layer's output is used twice."""
+    run = run_of(Branches)
     result = dit_fast.score(run.trajectory(), run.problem(), loss(run), hessian=hessian)
     assert result.meta["backend"] == ("factors" if hessian in ("fisher", "none") else "generic")
+    assert "not native" in result.meta["why"]
+    run = run_of(NETS["mlp"])
+    result = dit_fast.score(run.trajectory(), run.problem(), loss(run), hessian=hessian)
+    assert result.meta["backend"] == ("factors" if hessian == "fisher" else "native")
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.second(torch.tanh(h) * torch.sigmoid(h))
 
 
 def convolution():

@@ -1021,3 +1021,43 @@ def test_a_program_that_forgets_close(children):
     folder, _ = children
     assert assert_rows(folder / "forgotten", expected_history()).num_steps == 6
     assert manifest(folder / "forgotten")["complete"] is False
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_flush_puts_everything_on_disk(tmp_path, every):
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    recorder = dit.Recorder(tmp_path / "log", model, optimizer, every=every)
+    recorder.flush()  # nothing to write yet
+    history = train(model, optimizer, 5, recorder)
+    recorder.mark("five")
+    recorder.flush()
+    recorder.flush()
+    halfway = dit.Trajectory.open(tmp_path / "log")
+    assert halfway.num_steps == 5 and halfway.marks == {"five": 5}
+    assert all(torch.equal(value, history[5][name]) for name, value in halfway.params(5).items())
+    history += train(model, optimizer, 4, recorder)[1:]
+    recorder.close()
+    run = dit.Trajectory.open(tmp_path / "log")
+    run.verify()
+    assert run.num_steps == 9 and run.segment(5)[0] == 5 and run.state(5) is not None
+    for t in range(10):
+        if run.has_params(t):
+            assert all(torch.equal(value, history[t][name]) for name, value in run.params(t).items())
+    with pytest.raises(dit.LogError, match="is closed"):
+        recorder.flush()
+
+
+def test_a_step_that_is_not_finite_between_stored_ones(tmp_path):
+    model = net()
+    optimizer = sgd(model)
+    bad = pytest.raises(dit.LogError, match=r"step 4 left NaN or infinity in parameter '0.bias'")
+    with bad, dit.Recorder(tmp_path / "log", model, optimizer, every=3) as recorder:
+        train(model, optimizer, 4, recorder)
+        for _ in range(2):
+            optimizer.zero_grad()
+            backward(model, [1])
+            model[0].bias.grad[2] = np.nan
+            with recorder.step([1]):
+                optimizer.step()
+    assert dit.Trajectory.open(tmp_path / "log").num_steps == 3

@@ -76,6 +76,10 @@ class HostRows:
         if self._own is None:
             self._last = buffer.rows[index]
 
+    def was_finite(self, number: int) -> bool:
+        """Whether the last step left the parameter of this number without NaN and infinity."""
+        return bool(torch.isfinite(self._last.split(self._sizes)[number]).all())
+
     def first_changed(self, buffer: ChunkBuffer, index: int) -> int | None:
         """The number of the first parameter that is not what the last step left; NaN is equal to nothing."""
         pieces = self._last.split(self._sizes)
@@ -124,6 +128,10 @@ class DeviceRows:
         stream = self._enter()
         buffer.rows[index].copy_(self._last.to(buffer.rows.dtype), non_blocking=True)
         self._done.record(stream)
+
+    def was_finite(self, number: int) -> bool:
+        """Never asked: the writer thread looks at the rows themselves."""
+        return True
 
     def first_changed(self, buffer: ChunkBuffer, index: int) -> int | None:
         """None: whether a parameter changed is known on the device only, and read by the writer thread."""
@@ -180,7 +188,9 @@ class BackgroundWriter:
     def __init__(self, log: LogWriter, header: Header, make_buffer: Callable[[], ChunkBuffer], num_buffers: int) -> None:
         self._log, self._header = log, header
         self._make_buffer, self._num_buffers = make_buffer, num_buffers
-        self._jobs: queue.SimpleQueue[tuple[ChunkBuffer | None, dict[str, int], bool] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[ChunkBuffer | None, dict[str, int], bool] | threading.Event | None] = (
+            queue.SimpleQueue()
+        )
         self._free: queue.SimpleQueue[ChunkBuffer | None] = queue.SimpleQueue()
         self._error: str | None = None
         self._pace = _Pace()
@@ -233,6 +243,13 @@ class BackgroundWriter:
         """Write the manifest with these marks."""
         self._jobs.put((None, dict(marks), complete))
 
+    def drain(self) -> None:
+        """Wait until everything put so far is on disk; LogError where it could not be written."""
+        reached = threading.Event()
+        self._jobs.put(reached)
+        reached.wait()
+        self.check()
+
     def join(self) -> None:
         """Wait until everything put so far is on disk and end the thread."""
         self._jobs.put(None)
@@ -246,6 +263,9 @@ class BackgroundWriter:
             self._error = f"no memory for the buffers of the log at {self._log.path} ({error}); use smaller chunk_bytes"
             self._free.put(None)
         while (job := self._jobs.get()) is not None:
+            if isinstance(job, threading.Event):
+                job.set()
+                continue
             buffer, marks, complete = job
             try:
                 if self._error is None and buffer is not None:

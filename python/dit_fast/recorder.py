@@ -68,7 +68,7 @@ class Recorder:
     resume: go on with the log at path, where there is one (else a new one begins). Load model and optimizer from a checkpoint
         first: the Recorder finds the last logged step that has the model's parameters bit for bit (`num_steps` is then this
         step), and with the first step, or with close(), cuts the log after it. LogError where there is no such step (a killed
-        run's log ends with its last finished chunk, so the checkpoint may have to be an older one), where the optimizer's
+        run's log ends with its last finished chunk, so call `flush()` before you save a checkpoint), where the optimizer's
         state is not that of the step, or where the log is of another model, kind of optimizer or options.
 
     Under DistributedDataParallel every process makes a Recorder, and names the samples of its own batches; the process of
@@ -210,6 +210,15 @@ class Recorder:
         self._marks[name] = self._num_steps
         if self._recording is not None:
             self._recording.put_marks(self._marks)
+
+    def flush(self) -> None:
+        """Write every step so far and wait until it is on disk: call it before saving a checkpoint to resume from.
+
+        The chunk ends here, so do not call it at every step. LogError where the disk failed.
+        """
+        self._check_open()
+        if self._recording is not None:
+            self._recording.flush(self._marks)
 
     def close(self) -> None:
         """Write what is left and end the log; LogError if parameters changed since the last step or the disk failed."""

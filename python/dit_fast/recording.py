@@ -103,6 +103,9 @@ class Watch:
     def put_marks(self, marks: Mapping[str, int]) -> None:
         """Marks set since the last step."""
 
+    def flush(self, marks: Mapping[str, int]) -> None:
+        """Everything so far onto the disk."""
+
     def finish(self, step: int, marks: Mapping[str, int], complete: bool) -> None:
         """The end of the run."""
         self._check_fixed(step, by_value=True)
@@ -182,13 +185,24 @@ class Recording(Watch):
         self._counts = update_counts(self._header, self._counts, [step])[1]
         self._rows.copy(buffer, None if number % every else number // every)
         if number == buffer.capacity:
-            self._buffer = self.writer.take()
-            self._rows.copy_last(self._buffer, 0)
-            self._copy_state(0)
-            self._rows.seal(buffer)
-            self.writer.put(buffer, marks)
+            self._next_chunk(marks)
         elif every > 1 and number % every == 0:
             self._copy_state(number // every)
+
+    def flush(self, marks: Mapping[str, int]) -> None:
+        """End the chunk here and wait until it is on disk."""
+        if number := len(self._buffer.steps):
+            self._rows.copy_last(self._buffer, self._header.num_rows(number) - 1)
+            self._next_chunk(marks)
+        self.writer.drain()
+
+    def _next_chunk(self, marks: Mapping[str, int]) -> None:
+        """Hand the chunk to the writer and begin another with its last row and the state as it is now."""
+        full, self._buffer = self._buffer, self.writer.take()
+        self._rows.copy_last(self._buffer, 0)
+        self._copy_state(0)
+        self._rows.seal(full)
+        self.writer.put(full, marks)
 
     def finish(self, step: int, marks: Mapping[str, int], complete: bool) -> None:
         """Write everything; LogError for what is not as the last step left it, or for what the disk refused."""
@@ -230,8 +244,7 @@ class Recording(Watch):
         number = self._rows.first_changed(self._buffer, len(self._buffer.steps))
         if number is not None:
             name = list(self._params)[number]
-            row = self._header.split(self._buffer.rows[len(self._buffer.steps)])
-            is_finite = torch.isfinite(row[name]).all()
+            is_finite = self._rows.was_finite(number)
             raise LogError(changed_message(step, name) if is_finite else nonfinite_message(step - 1, name))
 
 
