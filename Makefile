@@ -10,6 +10,8 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 demo: $(VENV)/demo-installed
 	$(BIN)/dit-fast demo $(DEMO_ARGS)
 
+# the nets of the tests are tiny: with more threads they mostly wait for one another
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/dev-installed
 	$(MAKE) lint
 	$(BIN)/python -m pytest tests
