@@ -2,11 +2,13 @@
 //
 // The net: h⁰ = x, zˡ = hˡ⁻¹ Wˡᵀ + bˡ, hˡ = φˡ(zˡ), ℓ_b = loss(hᴸ_b) + ½ l2 ‖θ‖². For each step t, every column k:
 //
-//   c from (u, m)               the optimizer's adjoint rule, per parameter (Setting): r = −η u; without momentum c = r,
-//                               else b̂ = m + r (Nesterov m + μ r), c = (1 − τ) b̂ (Nesterov + r; first step b̂), m = μ b̂
+//   c from (u, m)               the optimizer's adjoint rule, per parameter (Setting): r = −η u;
+//                               without momentum c = r, else b̂ = m + r (Nesterov m + μ r),
+//                               c = (1 − τ) b̂ (Nesterov + r; first step b̂), m = μ b̂
 //   dots[k,b] = ⟨c_k, ∇ℓ_b⟩     in double: the tangent of ℓ_b along c_k (dual numbers)
 //   scores[k, ids_b] −= a_b dots[k,b]
-//   u = u + wd c + H c          H = Σ_b a_b ∇²ℓ_b (exact), its Gauss–Newton part (ggn), l2·Σ_b a_b·I in both; or 0 (none)
+//   u = u + wd c + H c          H = Σ_b a_b ∇²ℓ_b (exact) or its Gauss–Newton part (ggn), both with
+//                               l2·Σ_b a_b·I; or 0 (none)
 //
 // u, m     one block [K,O,I] per weight, [K,O] per bias, contiguous; both are overwritten. m: null pointers (or an
 //          empty list) where no step has momentum.

@@ -348,3 +348,27 @@ def test_a_pencil_checks_the_rules():
     zero = torch.zeros(1, dtype=torch.float64)
     after, (m, v) = dit_fast.AdamW.forward(theta, g, (zero, zero), 0, s)
     assert float(after) == pytest.approx(1 - 0.05 - 0.1) and (float(m), float(v)) == pytest.approx((0.1, 0.01))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_gradients_that_are_all_rounding_pass_the_guard(tmp_path, every):
+    """An attention's key bias has gradient 0 but for float32's rounding, of which Adam makes steps of the rate's size."""
+    case = make_case("transformer")
+    model = case.model().float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    start = model.attention.in_proj_bias[4:8].detach().clone()
+    with dit_fast.Recorder(tmp_path / "log", model, optimizer, every=every) as recorder:
+        for ids in schedule(12, 7)[0]:
+            optimizer.zero_grad()
+            case.loss(model(case.x[ids]), case.y[ids]).mean().backward()
+            with recorder.step(ids):
+                optimizer.step()
+    assert (model.attention.in_proj_bias[4:8].detach() - start).abs().max() > 1e-4
+    trajectory, query = dit_fast.Trajectory.open(tmp_path / "log"), dit_fast.queries.loss(case.x_val, case.y_val)
+    problem = dit_fast.Problem(model, case.loss, (case.x, case.y))
+    fast = dit_fast.score(trajectory, problem, query)
+    slow = dit_fast.reference.score(trajectory, problem, query)
+    assert relative_error(fast.scores, slow.scores, slow.scores.abs().amax()) < (1e-10 if every == 1 else 1e-6)
+    wrong = dit_fast.Problem(model, case.loss, (case.x, case.y), l2=0.01)
+    with pytest.raises((ValueError, dit_fast.LogError), match="does not reproduce|the replay misses"):
+        dit_fast.score(trajectory, wrong, query)

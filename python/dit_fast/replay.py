@@ -16,6 +16,8 @@ from dit_fast.problem import Evaluator, Params
 
 # a replayed segment must end within this share of the distance travelled, beside the rounding of the parameters themselves
 DRIFT_TOLERANCE = 1e-3
+# a gradient's elements are rounded to about this many units in the last place of its largest
+GRADIENT_ROUNDING = 4
 
 
 @dataclass(frozen=True)
@@ -90,26 +92,29 @@ class Replay:
 
     def _run(self, start: int, stop: int, spacing: int, check: bool = False) -> dict[int, Point]:
         """The points at every `spacing`-th step from `start` on, which is a checkpoint; up to `stop`."""
-        point, kept, travelled = self._checkpoints[start], {}, 0.0
+        point, kept = self._checkpoints[start], {}
+        travelled = noise = 0.0
         for t in range(start, stop):
             if (t - start) % spacing == 0:
                 kept[t] = point
             if t + 1 == stop and not check:
                 break
-            after = advance(self._ev, t, point)
+            gradient = batch_gradient(self._ev, t, point.params)
+            after = advance(self._ev, t, point, gradient)
             travelled += _distance(after.params, point.params)
+            noise += gradient_noise(self._ev, t, point, gradient) if check else 0.0
             if self._trajectory.has_params(t + 1):
                 stored = self._ev.params(t + 1)
                 if check:
-                    self._check(t + 1, after.params, stored, travelled)
+                    self._check(t + 1, after.params, stored, travelled, noise)
                 after = Point(stored, after.state, after.counts)
-                travelled = 0.0
+                travelled = noise = 0.0
             point = after
         return kept
 
-    def _check(self, t: int, replayed: Params, stored: Params, travelled: float) -> None:
+    def _check(self, t: int, replayed: Params, stored: Params, travelled: float, noise: float) -> None:
         error = _distance(replayed, stored)
-        rounding = rounding_of(self._ev, stored)
+        rounding = rounding_of(self._ev, stored) + noise
         self.drift = max(self.drift, error / max(travelled, rounding, 1e-300))
         if self._is_checked and not error <= 2 * rounding + DRIFT_TOLERANCE * travelled:
             raise LogError(
@@ -120,10 +125,10 @@ class Replay:
             )
 
 
-def advance(ev: Evaluator, t: int, point: Point) -> Point:
-    """The point after step t, by the problem's gradient, clipping and the optimizer's rule."""
+def advance(ev: Evaluator, t: int, point: Point, gradient: Params) -> Point:
+    """The point after step t, by the raw batch gradient, clipping and the optimizer's rule."""
     trajectory = ev.trajectory
-    gradient = trajectory.clip.forward(batch_gradient(ev, t, point.params))
+    gradient = trajectory.clip.forward(gradient)
     settings, groups, absent = trajectory.settings(t), trajectory.groups, trajectory.absent(t)
     params, state, counts = dict(point.params), dict(point.state), dict(point.counts)
     for name, theta in point.params.items():
@@ -133,6 +138,21 @@ def advance(ev: Evaluator, t: int, point: Point) -> Point:
         params[name], state[name] = rule.forward(theta, gradient[name], point.state.get(name, ()), counts[name], values)
         counts[name] += rule.counted(values)
     return Point(params, state, counts)
+
+
+def gradient_noise(ev: Evaluator, t: int, point: Point, gradient: Params) -> float:
+    """How far step t may be off, ‖Δθ‖, because the run's own gradient was rounded in the parameters' dtype.
+
+    Nothing for linear rules, where it stays within the rounding of θ. Adam turns even a gradient that is all rounding, such
+    as that of an attention's key bias, into a step of the rate's size.
+    """
+    if all(rule.is_linear for rule in ev.trajectory.optimizer):
+        return 0.0
+    dtypes = {dtype for _, dtype in ev.trajectory.parameters.values()}
+    largest = max(float(value.abs().max()) for value in gradient.values() if value.numel())
+    delta = GRADIENT_ROUNDING * max(torch.finfo(dtype).eps for dtype in dtypes) * largest
+    ends = [advance(ev, t, point, {n: g + sign * delta for n, g in gradient.items()}).params for sign in (1, -1)]
+    return _distance(*ends)
 
 
 def batch_gradient(ev: Evaluator, t: int, params: Params) -> Params:
