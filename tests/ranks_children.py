@@ -88,18 +88,18 @@ def main(rank, folder):
     distributed.barrier()
 
     recorder = dit.Recorder(folder / "refused", wrapped, optimizer)
-    x, y = data()
+    (x, y), rows = data(), list(range(N))
     losses(wrapped(x), y).mean().backward()
-    report["no ids"] = message_of(lambda: step_with(recorder, optimizer, [1] if rank == 0 else None))
+    report["no ids"] = message_of(lambda: step_with(recorder, optimizer, rows if rank == 0 else None))
     optimizer.param_groups[0]["lr"] = 0.1 + rank
-    report["settings"] = message_of(lambda: step_with(recorder, optimizer, [1]))
+    report["settings"] = message_of(lambda: step_with(recorder, optimizer, rows))
     optimizer.param_groups[0]["lr"] = 0.1
     recorder.close()
     distributed.barrier()
     recorder = dit.Recorder(folder / "refused", wrapped, optimizer, overwrite=True)
     if rank == 0:
         (folder / "refused/manifest.json").write_text("{}")
-    report["disk"] = message_of(lambda: step_with(recorder, optimizer, [1]))
+    report["disk"] = message_of(lambda: step_with(recorder, optimizer, rows))
     recorder.close()
 
     with torch.no_grad():

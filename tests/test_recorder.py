@@ -416,6 +416,13 @@ def named_twice(model, optimizer, recorder):
         optimizer.step()
 
 
+def naming_rows(model, optimizer, recorder):
+    optimizer.zero_grad()
+    backward(model, [1, 2, 3, 4, 5])
+    with recorder.step([1, 2, 3, 4]):
+        optimizer.step()
+
+
 def sparse_gradient(model, optimizer):
     model[0].weight.grad = model[0].weight.grad.to_sparse()
 
@@ -471,6 +478,7 @@ STEP = {
     "coefficients": (naming([4, 5], [0.1]), ValueError, "step 3: coefficients must be finite, one per id"),
     "NaN coefficients": (naming([4], [np.nan]), ValueError, "step 3: coefficients must be finite"),
     "coefficients alone": (naming(coefficients=[1.0]), ValueError, "step 3: coefficients or a batch without ids"),
+    "fewer ids than rows": (naming_rows, ValueError, r"step 3: 4 ids for a model input of shape \[5, 3\]; name the sample"),
     "scale": (lambda m, o, r: r.batch([1], scale=np.inf), ValueError, "step 3: scale must be finite"),
     "sparse gradient": (stepping(sparse_gradient), dit.UnsupportedError, "step 3: parameter '0.weight' has a sparse gradient"),
     "momentum later": (

@@ -1,5 +1,6 @@
 """Torch's global settings during dit_fast's own work: full precision, math attention, the user's state put back."""
 
+import resource
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -60,6 +61,13 @@ def preserved_state(dtype: torch.dtype) -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch held on a GPU so far, or the most this process had in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _backend(name: str) -> Any:

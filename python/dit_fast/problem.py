@@ -127,12 +127,14 @@ class Evaluator:
         return cls(problem, trajectory, torch.device(device), dtype or default_dtype(trajectory))
 
     def describe(self) -> dict[str, Any]:
-        """For result.meta: the log's hash, the numbers' origin and the versions."""
+        """For result.meta, when the work is done: the log's hash, the numbers' origin, the versions, and the most memory that
+        this process ever had (bytes; on a GPU, that torch ever held there)."""
         return {
             "log": self.trajectory.digest,
             "steps": self.trajectory.num_steps,
             "l2": self.l2,
             "device": str(self.device),
+            "peak_memory": numerics.peak_memory(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "versions": {"dit_fast": version("dit_fast"), "torch": torch.__version__},
         }

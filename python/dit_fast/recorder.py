@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dit_fast import directory, modules, optimizers, resumption
 from dit_fast.byte_sizes import parse_bytes
-from dit_fast.data import as_ids
+from dit_fast.data import as_ids, leaves
 from dit_fast.errors import LogError, UnsupportedError
 from dit_fast.log import Step, as_doubles, as_tree
 from dit_fast.log_reader import LogReader
@@ -138,6 +138,7 @@ class Recorder:
         self.path = Path(path)
         self._pending: list[_Named] = []
         self._rng: list[Tensor] = []
+        self._inputs: list[tuple[int, ...]] = []
         self._stored_layout: Any = None
         self._claim: directory.Claim | None = None
         self._point: resumption.Point | None = None
@@ -158,7 +159,7 @@ class Recorder:
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
-            self._model.register_forward_pre_hook(self._before_forward),
+            self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
         ]
         _recorded_optimizers.add(optimizer)
         _recorders.add(self)
@@ -256,13 +257,13 @@ class Recorder:
         kept = self._read_stored(where, stored)
         if coefficients is None:
             share = scale / (len(batch) if self._reduction == "mean" else 1)
-            return _Named(batch, torch.full((len(batch),), share, dtype=torch.float64), kept)
+            return _Named(batch, torch.full((len(batch),), share, dtype=torch.float64), kept, is_plain=True)
         weights = as_doubles(coefficients)
         if weights.shape != batch.shape or not torch.isfinite(weights).all():
             raise ValueError(
                 f"{where}: coefficients must be finite, one per id: got {list(weights.shape)} for {len(batch)} ids"
             )
-        return _Named(batch, weights * scale, kept)
+        return _Named(batch, weights * scale, kept, is_plain=False)
 
     def _read_stored(self, where: str, stored: Any) -> "_Stored | None":
         """A copy of the batch on the host, on its way there where it is on a GPU."""
@@ -280,10 +281,12 @@ class Recorder:
         self._stored_layout = layout
         return _Stored(layout, tuple(_to_host(tensor) for tensor in tensors))
 
-    def _before_forward(self, model: nn.Module, args: Any) -> None:
-        """Notes the random generator's state before each training forward pass whose dropout is active."""
+    def _before_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """Notes of each training forward pass the size of its input, and the random generator's state where dropout is
+        active."""
         if self._elsewhere() or not torch.is_grad_enabled():
             return
+        self._inputs.append(next((tuple(leaf.shape) for leaf in leaves((args, kwargs))), ()))
         device = next(iter(self._params.values())).device
         if torch.is_autocast_enabled(device.type):
             raise UnsupportedError(
@@ -336,7 +339,7 @@ class Recorder:
         size, own, own_rng = self._ranks.size, self._pending, tuple(self._rng)
         pending = own if size == 1 else [named for part in parts for named in part.batches]
         rng = own_rng if size == 1 else tuple(state for part in parts for state in part.rng)
-        self._pending, self._rng = [], []
+        self._pending, self._rng, self._inputs = [], [], []
         if bool(rng) != self._recording.has_dropout:
             raise UnsupportedError(f"step {self._num_steps}: dropout must be active in all steps of a log or in none")
         # DistributedDataParallel takes the mean of the processes' gradients
@@ -419,6 +422,13 @@ class Recorder:
                 f"step {self._num_steps}: optimizer.step() without ids; call it within `with recorder.step(ids):` "
                 "or after recorder.batch(ids)"
             )
+        if len(self._inputs) == len(self._pending):
+            for shape, named in zip(self._inputs, self._pending, strict=True):
+                if shape and named.is_plain and len(named.ids) not in shape[:2]:
+                    raise ValueError(
+                        f"step {self._num_steps}: {len(named.ids)} ids for a model input of shape {list(shape)}; name the "
+                        "sample of every row (ids may repeat), or give coefficients= where rows are not samples"
+                    )
         if self._rng and len(self._rng) != len(self._pending):
             raise UnsupportedError(
                 f"step {self._num_steps}: {len(self._rng)} forward passes of the model for {len(self._pending)} named batches; "
@@ -505,11 +515,13 @@ class _Stored:
 
 @dataclass(frozen=True)
 class _Named:
-    """The samples of one backward(): ids [B], coefficients a [B], and the batch itself where it is stored."""
+    """The samples of one backward(): ids [B], coefficients a [B], the batch itself where it is stored, and whether the
+    coefficients are those of the Recorder's reduction."""
 
     ids: Tensor
     coefficients: Tensor
     stored: _Stored | None
+    is_plain: bool
 
 
 class _StepScope:
