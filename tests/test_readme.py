@@ -61,12 +61,27 @@ def test_the_example_agrees_with_retraining_and_with_the_slow_twin(example):
 def test_the_log_holds_what_the_table_says(example):
     from safetensors import safe_open
 
-    table = README.split("| in a chunk |")[1].split("\n\n")[0]
+    def rows(head):
+        return set(re.findall(r"^\| `(\w+)` \|", README.split(head)[1].split("\n\n")[0], re.MULTILINE))
+
+    always = rows("| in a chunk |")
     with safe_open("runs/mine/chunk-000000.safetensors", framework="pt") as file:
-        assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(file.keys())
+        assert always == set(file.keys())
+    with safe_open("runs/adamw/chunk-000000.safetensors", framework="pt") as file:
+        names = {re.sub(r"^batch_\d+", "batch_i", name) for name in file.keys()}  # noqa: SIM118
+    assert always | rows("| in a chunk where there is need |") == names
     files = {path.name for path in Path("runs/mine").iterdir()}
     assert files == {"manifest.json", "chunk-000000.safetensors", "constants.safetensors"}
     assert all(f"`{name}`" in README for name in files)
+
+
+def test_the_second_example_is_scored_by_its_own_rule(example):
+    by_adamw = example["by_adamw"]
+    assert by_adamw.scores.shape == (1, 1, 200)
+    assert by_adamw.meta["dtype"] == "float64" and by_adamw.meta["replayed"] == "parameters"
+    arguments = (dit_fast.Trajectory.open("runs/adamw"), example["seen_problem"], example["query"])
+    slow = dit_fast.reference.score(*arguments, sample_ids=[0, 1, 2])
+    torch.testing.assert_close(by_adamw.scores[..., :3], slow.scores, rtol=0, atol=1e-5 * float(slow.scores.abs().max()))
 
 
 def test_make_targets_exist():
@@ -111,6 +126,17 @@ def test_every_option_of_the_hessian_is_explained():
     from dit_fast.linearize import HESSIANS
 
     assert set(re.findall(r'^\| `"(\w+)"` \|', README, re.MULTILINE)) == set(HESSIANS)
+
+
+def test_every_backend_is_explained_and_options_exist(example):
+    from dit_fast.score import BACKENDS
+
+    assert set(re.findall(r'^\| `backend="(\w+)"` \|', README, re.MULTILINE)) == set(BACKENDS) - {"auto"}
+    assert example["result"].meta["backend"] == "native" and example["chosen"].meta["backend"] == "factors"
+    assert example["chosen"].meta["why"] in README.replace("; …", "; a net of linear layers")
+    named = {name for call in code(r"Recorder\(([^()]*)\)") for name in re.findall(r"(\w+)=", call)}
+    assert named >= {"clip_norm", "every", "reduction", "resume", "store_batches"}
+    assert named <= set(inspect.signature(dit_fast.Recorder).parameters)
 
 
 def test_links_lead_somewhere():
