@@ -113,8 +113,8 @@ def estimate_score(
 ) -> ScoreEstimate:
     """What `score` with these arguments will cost, and `leave_one_out` of the same samples beside it.
 
-    One batch is linearised and the query is asked once; nothing is swept. Of a log the first, a middle and the last chunk
-    are read. Arguments and errors are those of `score`.
+    One batch is linearised and the query is asked once; nothing is swept. Of a log a few chunks are read. Arguments are those
+    of `score`, and so are errors, but for those of its check and its sweep.
     """
     check_options(hessian, query_at, "adjoint", backend, 0)
     ev = Evaluator.create(problem, trajectory, device, dtype)

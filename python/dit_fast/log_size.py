@@ -27,8 +27,9 @@ class LogEstimate:
     disk_bytes: of the whole log when the run is done. bytes_per_step: disk_bytes / T.
     num_chunks: files of parameters; steps_per_chunk: in a full one, which is what a killed run loses at most.
     memory_bytes: what the Recorder holds on the host during the run, all of its buffers filled.
-    state_replayed: whether the optimizer's state is replayed between snapshots when scores are computed, and
-    parameters_replayed: whether the parameters are, which costs about one training run more for each sweep.
+    state_replayed: whether the optimizer has a state, stored where a segment begins only. For Adam and AdamW, scores replay it
+        in between, for SGD only the check of three steps does. parameters_replayed: whether parameters are replayed, which is
+        so with every > 1. Replay in scores costs about one training run more for each sweep.
     """
 
     steps: int
@@ -75,7 +76,8 @@ def estimate_log(
     """The size on disk and the memory of `Recorder(..., model, optimizer)` for a run of `steps` steps, before it is made.
 
     batch_size: samples per optimizer step, on average. The other arguments are those the Recorder will get. Exact but for
-    marks, micro-batches and parameters without a gradient, which take some bytes per step where there are any.
+    marks, micro-batches and parameters without a gradient, which take some bytes per step where there are any. Not counted:
+    batches kept by store_batches, and the random states of active dropout, 5 kB per forward pass on the CPU.
 
     Raises ValueError or TypeError for arguments, UnsupportedError for the model's dtypes and the optimizer.
     """

@@ -32,6 +32,8 @@ class SGD:
     weight_decay: wd, the decay of the optimizer: it stays when a sample is removed. A penalty ½·l2·‖θ‖² inside every
         per-sample loss, which leaves with its sample, is `Problem(l2=...)`.
     maximize: −g in place of g.
+
+    The rate η is no setting of the rule: it is given for every step.
     """
 
     momentum: float = 0.0
@@ -90,7 +92,7 @@ class Adam:
 
         θ[t+1] = θ[t] − η/bc1 · m / (√v/√bc2 + eps),   bc1 = 1 − β1ⁿ, bc2 = 1 − β2ⁿ, n the parameter's own step count.
 
-    betas: (β1, β2). weight_decay, maximize: as in SGD.
+    betas: (β1, β2). weight_decay, maximize: as in SGD. There is no amsgrad.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)

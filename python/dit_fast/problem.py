@@ -20,11 +20,13 @@ Params = dict[str, Tensor]
 class Problem:
     """The model, the loss of each single sample, and the data the ids of a log point into.
 
-    model: any torch.nn.Module. Its parameter values do not matter, the log's are used; it is left as it was.
+    model: any torch.nn.Module. The values of its trained parameters do not matter, nor do those of its buffers where the log
+        holds them: the log's are used. Frozen parameters must be those of the run. It is left as it was.
     per_sample_loss(output, target) -> [B], one unreduced loss per sample and in its unit, such as
         torch.nn.CrossEntropyLoss(reduction="none"). How they were summed in training (mean, sum, weights) is in the log.
     data: tensors with one row per sample, such as (x, y) (tuples and dicts of tensors count), or a map-style Dataset.
-        Row j is the sample with id j. None where the log holds the batches (`Recorder(store_batches=True)`).
+        Row j is the sample with id j. None where the log holds the batches (`Recorder(store_batches=True)`), which are used
+        in any case.
     unpack(batch) -> (args, kwargs, target): how a batch calls the model. Default: (x, y) calls model(x); a dict with
         "labels" calls model(**the rest).
     collate_fn: as in DataLoader, for a Dataset.

@@ -34,8 +34,8 @@ class Part:
 class Query:
     """`size` scalars of a model called `label`; made by the functions of this module.
 
-    size is None where only the model tells (`custom`). `by_step` holds ready gradients (`gradients`) in place of parts.
-    `batch`: what `unpack` takes, where the query is the mean per-sample loss over it (`loss`).
+    size is None where only the model tells (`custom`, `parameter`). `by_step` holds ready gradients (`gradients`) in
+    place of parts. `batch`: what `unpack` takes, where the query is the mean per-sample loss over it (`loss`).
     """
 
     label: str

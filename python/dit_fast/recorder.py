@@ -54,33 +54,37 @@ class Recorder:
         with which the log of `total_steps` steps fits `disk_budget`, found at the first step, whose batch size is taken
         for that of all steps; ValueError there where none fits. `estimate_log` says what a run would take.
     disk_budget, total_steps: for every="auto": bytes or a string such as "2GiB", and the number of steps of the run. A
-        longer run takes more than the budget.
+        longer run takes more than the budget; stored batches, the random states of dropout and the ids of other processes
+        do not count.
     clip_norm, clip_value: the limit where you clip gradients before each step, by torch.nn.utils.clip_grad_norm_ (Euclidean,
         over all parameters logged) or clip_grad_value_. The Recorder does not clip; it has to be told.
     store_batches: keep the batches themselves, given as `step(ids, batch=(x, y))`, so that scores need no data: for random
-        augmentation, or data that will not be there.
+        augmentation, or data that will not be there. With a model that takes (x, y) or a dict with "labels" nothing else
+        has to be said; others need the Problem's `unpack`.
     log_dtype: "bfloat16" or "float16" to halve the log of float32 parameters, at a cost in accuracy (README).
-    chunk_bytes: size of a chunk on disk and of its buffer in memory; 4 to 512 steps are kept to a chunk in any case.
+    chunk_bytes: size of a chunk on disk and of its buffer in memory, ids and stored batches not counted; with every=1 a chunk
+        has 4 to 512 steps in any case, with every=k a multiple of k, at least k, and at most 512 where k is not larger.
     queue_chunks: full chunks that may wait for the disk; when there are more, the training loop waits. The Recorder holds
         queue_chunks + 1 buffers, pinned where the parameters are on a GPU. Where waiting takes more than a tenth of the run,
         one RuntimeWarning names the MB/s needed, those reached and an `every` that would do.
     overwrite: see path.
     resume: go on with the log at path, where there is one (else a new one begins). Load model and optimizer from a checkpoint
-        first: the Recorder finds the last logged step that has the model's parameters bit for bit (`num_steps` is then this
-        step), and with the first step, or with close(), cuts the log after it. LogError where there is no such step (a killed
-        run's log ends with its last finished chunk, so call `flush()` before you save a checkpoint), where the optimizer's
-        state is not that of the step, or where the log is of another model, kind of optimizer or options.
+        first: the Recorder finds the last stored step that has the model's parameters bit for bit, as rounded to log_dtype
+        (`num_steps` is then this step), and with the first step, or with close(), cuts the log after it. LogError where there
+        is no such step (a killed run's log ends with its last finished chunk, and with every=k only every k-th step and the
+        last of a chunk are stored, so call `flush()` before you save a checkpoint), where the optimizer's state, as far as it
+        is stored, is not that of the step, or where the log is of another model, kind of optimizer or options.
 
     Under DistributedDataParallel every process makes a Recorder, and names the samples of its own batches; the process of
     rank 0 writes and is the only one to touch path. What is named is gathered in front of each optimizer.step(), coefficients
     are divided by the number of processes, as the gradients are, and each process's batches stay micro-batches of their own,
     in the order of ranks. An error in one process is raised in all. FSDP is refused, and so is a second optimizer on a model.
 
-    Nothing of the training is touched: no random numbers, gradients, flags. What score() would refuse is refused at the
-    first step: UnsupportedError for models and optimizers, ValueError and TypeError for arguments, LogError for what
-    happened to the run or to the disk; all name the step. Errors of the writing thread are raised by the next call. In
-    any case the finished steps are written on exit. A killed run leaves a log of its finished chunks; a run without a
-    step leaves none.
+    Nothing of the training is touched: no random numbers, gradients, flags. What can be seen of what score() would refuse is
+    refused at the first step: UnsupportedError for models and optimizers, ValueError and TypeError for arguments, LogError
+    for what happened to the run or to the disk; all name the step. Errors of the writing thread are raised by the next
+    call. In any case the finished steps are written on exit. A killed run leaves a log of its finished chunks; a run without
+    a step leaves none.
     """
 
     def __init__(

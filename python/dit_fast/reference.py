@@ -43,7 +43,8 @@ def score(
 ) -> Influence:
     """What `dit_fast.score` returns, by one backward per sample and one double backward per step, a sweep per endpoint.
 
-    Same arguments, result, sign and unit. `backend` and `memory_budget` have nothing to choose here; `refine` is refused.
+    Same arguments, result, sign and unit. `backend` and `memory_budget` have nothing to choose here; `refine` is refused, and
+    `check` is for method "adjoint".
     """
     if refine:
         raise ValueError("reference.score does not refine: use method='retrain'")
@@ -336,7 +337,7 @@ class _Literal:
         return sum(pieces) if query.size == 1 else torch.cat(pieces)  # type: ignore[return-value]
 
     def _curvature(self, hessian: str, coefficients: list[float], c: Vector) -> Vector:
-        """H c with H the exact or approximated second derivative of Σ_b a_b ℓ_b, l2·Σa·I always exact."""
+        """H c with H the exact or approximated second derivative of Σ_b a_b ℓ_b; l2·Σa·I exact, but 0 for "none"."""
         if hessian == "exact":
             total = sum((a * self.loss(b) for b, a in enumerate(coefficients)), torch.zeros(()))
             g = self.gradient(total, create_graph=True)

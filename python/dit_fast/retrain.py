@@ -48,7 +48,7 @@ def leave_one_out(
 
     sample_ids: the samples left out, one model each; None = all. groups: lists of ids left out together, one model each;
         result.groups then names them and the sample axis counts them.
-    The other arguments, the errors and the result are those of `score`.
+    The other arguments, the errors and the result are those of `score`. Optimizer, clipping and dropout's masks are the run's.
     """
     began = time.perf_counter()
     ev = Evaluator.create(problem, trajectory, device, dtype)

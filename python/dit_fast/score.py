@@ -57,16 +57,21 @@ def score(
     windows: None = the whole run; "epochs" = between marks; (t1, t2), a list of them, or {name: (t1, t2)}, in steps.
     sample_ids: the samples wanted; None = all N of the data.
     hessian: "exact"; "ggn" (generalised Gauss–Newton); "fisher" (empirical, Σ a_b ∇ℓ_b ∇ℓ_bᵀ); "none" (H = 0, that of
-        l2 included: TracIn at every step). "ggn" and "fisher" approximate the data's part only, that of l2 stays exact.
+        l2 included: under plain SGD, TracIn at every step). "ggn" and "fisher" approximate the data's part only, that of l2
+        stays exact.
     query_at: "endpoint" = q at each window end's own parameters; "final" = at the end of the run, as the official code does.
-    method: "adjoint", or "retrain" = every score by true retraining (`leave_one_out`).
+    method: "adjoint", or "retrain" = every score by true retraining (`leave_one_out`), which has no use for hessian, backend
+        and refine.
     refine: this many samples per window and query, those of largest |score|, get their true score by retraining;
         `result.retrained` marks them.
-    backend: "native" for feed-forward nets, compiled, on the CPU; "factors" for nets of linear layers with hessian "fisher"
-        or "none"; "generic" for any module; "auto" = the first of these that fits. `meta["why"]` says why.
-    dtype, device: of the computation; None = the log's widest, and the model's device.
+    backend: "native" for feed-forward nets under SGD, compiled, on the CPU; "factors" for nets of linear layers with hessian
+        "fisher" or "none"; "generic" for any module; "auto" = the first of these that fits. `meta["backend"]` says which it
+        was, `meta["why"]` why. ValueError where the one asked for cannot be used.
+    dtype, device: of the computation; None = the widest dtype of the parameters, but float64 for Adam and AdamW, and the
+        model's device.
     memory_budget: bytes or "2GiB"; columns that do not fit travel in several sweeps. None = 0.6 of what is free.
-    check: replay three steps first and refuse a problem that does not reproduce them (ValueError with the likely cause).
+    check: replay three steps first and refuse a problem that does not reproduce them (ValueError with the likely cause), and
+        refuse a replayed segment that misses what is stored at its end (LogError).
     show_progress: None = a bar on a terminal once the work has taken two seconds.
 
     Returns Influence with scores [W, Q, N] float64. Raises ValueError or TypeError for arguments, LogError for the log,

@@ -85,7 +85,7 @@ class Trajectory:
         params: name → [T+1, *shape] float32 or float64, the parameters before each step and after the last.
         batch_ids: T arrays [B] of sample ids (B may differ), or [T, B]. An id may occur several times in a batch.
         lr: the rate, a number, [T] or [T, groups].
-        optimizer: the rule of all parameter groups, or one per group; default `SGD()`.
+        optimizer: the rule of all parameter groups, or one per group, with settings that stay; default `SGD()`.
         coefficients: T arrays [B], the a_b of g_t = Σ_b a_b ∇ℓ_b; default 1/B, the mean.
         marks: {name: step} with the number of steps done at the mark, or such numbers alone, named "step <number>".
         num_samples: N; default 1 + the largest id.
@@ -214,9 +214,9 @@ class Trajectory:
         return {names[position] for position in self._step(t).absent}
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """θ[start] … θ[stop − 1], 0 ≤ start ≤ stop ≤ T + 1: [n, P], flat in the order of `parameters`, in their widest dtype.
+        """θ[start] … θ[stop − 1], 0 ≤ start ≤ stop ≤ T + 1: [n, P], flat in the order of `parameters`, in `log_dtype`.
 
-        A view of the log where its chunks allow; not to be written to.
+        For runs that store every step (`every` = 1) only. A view of the log where its chunks allow; not to be written to.
         """
         first, last = (self._checked(t, self.num_steps + 1) for t in (start, stop))
         if first > last:
