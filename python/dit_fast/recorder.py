@@ -59,8 +59,7 @@ class Recorder:
     clip_norm, clip_value: the limit where you clip gradients before each step, by torch.nn.utils.clip_grad_norm_ (Euclidean,
         over all parameters logged) or clip_grad_value_. The Recorder does not clip; it has to be told.
     store_batches: keep the batches themselves, given as `step(ids, batch=(x, y))`, so that scores need no data: for random
-        augmentation, or data that will not be there. With a model that takes (x, y) or a dict with "labels" nothing else
-        has to be said; others need the Problem's `unpack`.
+        augmentation, or data that will not be there.
     log_dtype: "bfloat16" or "float16" to halve the log of float32 parameters, at a cost in accuracy (README).
     chunk_bytes: size of a chunk on disk and of its buffer in memory, ids and stored batches not counted; with every=1 a chunk
         has 4 to 512 steps in any case, with every=k a multiple of k, at least k, and at most 512 where k is not larger.
