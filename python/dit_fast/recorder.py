@@ -74,6 +74,10 @@ class Recorder:
         last of a chunk are stored, so call `flush()` before you save a checkpoint), where the optimizer's state, as far as it
         is stored, is not that of the step, or where the log is of another model, kind of optimizer or options.
 
+    Where a dropout module is active, the random generator's state before each forward pass of the model with gradients is
+    logged (5 kB on the CPU), and scores replay the masks. Each named batch must then be one such pass. A forward pass under
+    autocast is refused. So is a number of ids that is not that of the rows of the model's input, unless coefficients are given.
+
     Under DistributedDataParallel every process makes a Recorder, and names the samples of its own batches; the process of
     rank 0 writes and is the only one to touch path. What is named is gathered in front of each optimizer.step(), coefficients
     are divided by the number of processes, as the gradients are, and each process's batches stay micro-batches of their own,

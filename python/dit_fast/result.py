@@ -31,7 +31,8 @@ class Influence:
     windows: W windows with name, start and stop (steps). queries: Q labels. sample_ids: int64 [N].
     retrained: bool [W, Q, N], True where the score is the true change by retraining rather than first order.
     groups: the ids removed together, where groups were asked of `leave_one_out`; N then counts groups.
-    meta: the log's hash, options, versions, device, seconds; of `score` also the backend, why it was chosen, what was replayed.
+    meta: the log's hash, options, versions, device, seconds, peak_memory (bytes, of the process or on the GPU, so far); of
+        `score` also the backend, why it was chosen, and what was replayed.
     """
 
     scores: Tensor
