@@ -160,3 +160,21 @@ def test_bytes_as_people_write_them(text, size):
 
 def test_bytes_as_people_read_them():
     assert [format_bytes(n) for n in (0, 999, 1000, 123456789, 5 << 40)] == ["0 B", "999 B", "0.977 KiB", "118 MiB", "5 TiB"]
+
+
+def test_auto_counts_stored_batches_and_random_states(tmp_path):
+    steps = 40
+    model = nn.Sequential(nn.Linear(20, 8), nn.Dropout(0.5), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    budget = 60_000 + steps * (5056 + 4 * (20 * 4 + 8))
+    with dit.Recorder(
+        tmp_path / "log", model, optimizer, every="auto", disk_budget=budget, total_steps=steps, store_batches=True
+    ) as recorder:
+        for _ in range(steps):
+            x, y = torch.randn(4, 20), torch.randint(2, (4,))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            with recorder.step(range(4), batch=(x, y)):
+                optimizer.step()
+    size = sum(file.stat().st_size for file in (tmp_path / "log").iterdir())
+    assert 0.5 * budget < size <= budget

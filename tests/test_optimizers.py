@@ -307,6 +307,8 @@ def test_a_replay_that_misses_is_refused(tmp_path):
         dit_fast.score(run.trajectory, wrong, run.query(), WINDOWS)
     with pytest.raises(dit_fast.LogError, match="before step 4 are not stored: this log holds every 3th step"):
         run.trajectory.params(4)
+    with pytest.raises(dit_fast.LogError, match="this log holds every 3th step"):
+        run.trajectory.rows(0, 4)
     assert dit_fast.score(run.trajectory, run.problem(), run.query(), WINDOWS).meta["replay_drift"] < 1e-9
 
 

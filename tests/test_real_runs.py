@@ -36,7 +36,7 @@ def test_adamw_on_mnist_against_true_retraining(tmp_path):
     with np.load(data_file("mnist.npz")) as arrays:
         x, y = arrays["x_train"][:2000], arrays["y_train"][:2000]
     x, y = torch.from_numpy(x).flatten(1).float() / 255, torch.from_numpy(y).long()
-    chosen = torch.randperm(1000, generator=torch.Generator().manual_seed(1))[:64]
+    chosen = torch.randperm(1000, generator=torch.Generator().manual_seed(1))[:128]
     for activation in (nn.GELU, nn.ReLU):
         model = logged_run(tmp_path / activation.__name__, activation, x[:1000], y[:1000])
         trajectory = dit_fast.Trajectory.open(tmp_path / activation.__name__)
@@ -45,7 +45,9 @@ def test_adamw_on_mnist_against_true_retraining(tmp_path):
         query = dit_fast.queries.loss(x[1000:], y[1000:])
         score = dit_fast.score(trajectory, problem, query)
         truth = dit_fast.leave_one_out(trajectory, problem, query, sample_ids=chosen)
-        spearman = stats.spearmanr(score.scores[0, 0, chosen], truth.scores[0, 0])[0]
-        print(f"AdamW, {activation.__name__}: Spearman {spearman:.3f} with true retraining of 64 samples")
+        pairs = zip(score.scores[0, 0, chosen].split(64), truth.scores[0, 0].split(64), strict=True)
+        spearman = [stats.spearmanr(ours, true)[0] for ours, true in pairs]
+        shown = " and ".join(f"{value:.3f}" for value in spearman)
+        print(f"AdamW, {activation.__name__}: Spearman {shown} with true retraining of twice 64 samples")
         # a ReLU net is shown beside it: removal moves it over kinks that no derivative sees
-        assert activation is nn.ReLU or spearman >= 0.95
+        assert activation is nn.ReLU or np.mean(spearman) >= 0.95

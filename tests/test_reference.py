@@ -222,3 +222,21 @@ def test_batches_of_one_step_and_train_helper_agree():
     run = standard_run("mlp")
     again = train(run.case, run.batches, run.coefficients, run.lr)
     assert all(torch.equal(run.params[name], again.params[name]) for name in run.params)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"hessian": "gnn"}, "hessian='gnn'"), ({"query_at": "start"}, "query_at"), ({"method": "loo"}, "method")],
+)
+def test_the_reference_names_options_it_does_not_know(options, message):
+    run = standard_run("mlp")
+    with pytest.raises(ValueError, match=message):
+        dit_fast.reference.score(run.trajectory(), run.problem(), queries.loss(run.case.x_val, run.case.y_val), **options)
+
+
+def test_the_reference_retrains_no_wrong_problem():
+    run = standard_run("mlp")
+    query = queries.loss(run.case.x_val, run.case.y_val)
+    for call in (dit_fast.reference.leave_one_out, dit_fast.leave_one_out):
+        with pytest.raises(ValueError, match="does not reproduce step 0"):
+            call(run.trajectory(), run.problem(l2=0.5), query, sample_ids=[0])

@@ -55,11 +55,13 @@ class LogEstimate:
 
 @dataclass(frozen=True)
 class DiskBudget:
-    """What a log of `steps` steps of `batch_size` samples each may take on disk."""
+    """What a log of `steps` steps of `batch_size` samples each may take on disk; other_bytes: random states and stored
+    batches of one step."""
 
     disk_bytes: int
     steps: int
     batch_size: float
+    other_bytes: int = 0
 
 
 def estimate_log(
@@ -133,12 +135,13 @@ def choose_every(header: Header, budget: DiskBudget, chunk_bytes: int) -> int:
     """The smallest k whose log fits the budget, above 100 to within a hundredth; ValueError where none does."""
 
     def size(every: int) -> int:
-        return log_bytes(replace(header, every=every), budget.steps, budget.batch_size, chunk_bytes)
+        own = log_bytes(replace(header, every=every), budget.steps, budget.batch_size, chunk_bytes)
+        return own + budget.steps * budget.other_bytes
 
     if size(1) <= budget.disk_bytes:
         return 1
     # ids, coefficients and the segments alone must fit, which says where to begin
-    room = budget.disk_bytes - 16 * budget.batch_size * budget.steps
+    room = budget.disk_bytes - (16 * budget.batch_size + budget.other_bytes) * budget.steps
     every = max(2, math.ceil(budget.steps * segment_bytes(header) / room)) if room > 0 else budget.steps
     while every < budget.steps and size(every) > budget.disk_bytes:
         every += max(every // 100, 1)

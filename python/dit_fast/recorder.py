@@ -54,8 +54,7 @@ class Recorder:
         with which the log of `total_steps` steps fits `disk_budget`, found at the first step, whose batch size is taken
         for that of all steps; ValueError there where none fits. `estimate_log` says what a run would take.
     disk_budget, total_steps: for every="auto": bytes or a string such as "2GiB", and the number of steps of the run. A
-        longer run takes more than the budget; stored batches, the random states of dropout and the ids of other processes
-        do not count.
+        longer run takes more than the budget; the samples of other processes do not count.
     clip_norm, clip_value: the limit where you clip gradients before each step, by torch.nn.utils.clip_grad_norm_ (Euclidean,
         over all parameters logged) or clip_grad_value_. The Recorder does not clip; it has to be told.
     store_batches: keep the batches themselves, given as `step(ids, batch=(x, y))`, so that scores need no data: for random
@@ -421,7 +420,9 @@ class Recorder:
         if self._disk_budget is None or self._total_steps is None:
             return None
         self._check_named()  # the batch's size counts, so a closure is too late to name it
-        return DiskBudget(self._disk_budget, self._total_steps, sum(len(named.ids) for named in self._pending))
+        stored = [tensor for named in self._pending if named.stored is not None for tensor in named.stored.tensors]
+        other = sum(tensor.numel() * tensor.element_size() for tensor in [*self._rng, *stored])
+        return DiskBudget(self._disk_budget, self._total_steps, sum(len(named.ids) for named in self._pending), other)
 
     def _check_named(self) -> None:
         if not self._pending:

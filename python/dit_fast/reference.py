@@ -43,15 +43,22 @@ def score(
 ) -> Influence:
     """What `dit_fast.score` returns, by one backward per sample and one double backward per step, a sweep per endpoint.
 
-    Same arguments, result, sign and unit. `backend` and `memory_budget` have nothing to choose here; `refine` is refused, and
-    `check` is for method "adjoint".
+    Same arguments, result, sign and unit. `backend` and `memory_budget` have nothing to choose here; `refine` is refused.
     """
     if refine:
         raise ValueError("reference.score does not refine: use method='retrain'")
+    for name, value, allowed in (
+        ("hessian", hessian, ("exact", "ggn", "fisher", "none")),
+        ("query_at", query_at, ("endpoint", "final")),
+        ("method", method, ("adjoint", "retrain")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
     if method == "retrain":
         return leave_one_out(
-            trajectory, problem, query, windows, sample_ids=sample_ids, dtype=dtype, device=device, show_progress=show_progress
-        )
+            trajectory, problem, query, windows, sample_ids=sample_ids, dtype=dtype, device=device, check=check,
+            show_progress=show_progress,
+        )  # fmt: skip
     began = time.perf_counter()
     spans = trajectory.windows(windows)
     literal = _Literal(problem, trajectory, device, dtype)
@@ -88,6 +95,7 @@ def leave_one_out(
     groups: Sequence[Any] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    check: bool = True,
     show_progress: bool | None = None,
 ) -> Influence:
     """What `dit_fast.leave_one_out` returns, by retraining one ordinary module after the other from the logged start."""
@@ -98,6 +106,8 @@ def leave_one_out(
     removed = [[int(j)] for j in literal.ev.select(sample_ids)] if groups is None else [[int(j) for j in g] for g in groups]
     ends = {t for window in spans for t in (window.start, window.stop)} - {0}
     with literal.ev.session():
+        if check:
+            literal.check(max(ends))
         sizes = queries.sizes(literal.ev, asked)
         with progress_bar(1 + len(removed), "reference", show_progress) as bar:
             base = literal.retrain([], ends, asked)

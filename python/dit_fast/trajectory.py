@@ -221,6 +221,8 @@ class Trajectory:
         first, last = (self._checked(t, self.num_steps + 1) for t in (start, stop))
         if first > last:
             raise ValueError(f"rows {first}..{last} are reversed")
+        if self.every > 1:
+            raise LogError(f"rows of every step are not stored: this log holds every {self.every}th step")
         return self._source.rows(first, last)
 
     def steps(self, start: int, stop: int) -> list[Step]:
