@@ -34,7 +34,10 @@ ALLOWED = {
     "directory": "errors log",
     "resumption": "directory errors log log_reader modules",
     "recording": "background errors log log_size modules optimizers resumption",
-    "recorder": "byte_sizes data directory errors log log_reader log_size modules optimizers ranks recording resumption",
+    "named_batches": "data errors log modules",
+    "recorder": (
+        "byte_sizes directory errors log log_reader log_size modules named_batches optimizers ranks recording resumption"
+    ),
     "arrays": "data log optimizers",
     "trajectory": "arrays errors log log_reader optimizers",
     # what is asked of it

@@ -1,7 +1,6 @@
 """Recorder: logs a training run from the optimizer's own step hooks (the format: log.py)."""
 
 import atexit
-import math
 import os
 import weakref
 from collections.abc import Callable
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 
 from dit_fast import directory, modules, optimizers, resumption
 from dit_fast.byte_sizes import parse_bytes
-from dit_fast.data import as_ids, leaves
 from dit_fast.errors import LogError, UnsupportedError
-from dit_fast.log import Step, as_doubles, as_tree
+from dit_fast.log import Step
 from dit_fast.log_reader import LogReader
 from dit_fast.log_size import LOG_DTYPES, DiskBudget
+from dit_fast.named_batches import Batches, ForwardPasses, Named
 from dit_fast.ranks import Ranks
 from dit_fast.recording import Recording, Source, Watch, header_of
 
@@ -124,7 +123,7 @@ class Recorder:
         if log_dtype not in LOG_DTYPES:
             raise ValueError(f'log_dtype must be "bfloat16", "float16" or None, got {log_dtype!r}')
         self._clip = optimizers.Clip(clip_norm, clip_value)
-        self._total_steps, self._log_dtype, self._store_batches = total_steps, LOG_DTYPES[log_dtype], store_batches
+        self._total_steps, self._log_dtype = total_steps, LOG_DTYPES[log_dtype]
         self._rules = optimizers.from_torch(optimizer)
         if optimizer in _recorded_optimizers:
             raise LogError("this optimizer is being recorded already; close() the other Recorder first")
@@ -142,10 +141,9 @@ class Recorder:
         _check_parameters(self._model, self._params, self._held)
 
         self.path = Path(path)
-        self._pending: list[_Named] = []
-        self._rng: list[Tensor] = []
-        self._inputs: list[tuple[int, ...]] = []
-        self._stored_layout: Any = None
+        self._pending: list[Named] = []
+        self._batches = Batches(reduction, num_samples, store_batches)
+        self._passes = ForwardPasses()
         self._claim: directory.Claim | None = None
         self._point: resumption.Point | None = None
         try:
@@ -244,63 +242,12 @@ class Recorder:
             if str(own) != str(error):  # the user's exception goes on, ours beside it
                 error.add_note(f"dit_fast.Recorder: {own}")
 
-    def _read(self, ids: Any, scale: float, coefficients: Any, stored: Any) -> "_Named":
-        where = f"step {self._num_steps}"
-        try:
-            batch = as_ids(ids, f"{where}: ids").clone()
-        except (TypeError, ValueError) as error:
-            if str(error).startswith(where):
-                raise
-            raise TypeError(f"{where}: ids must be integers [B]: {error}") from error
-        if not len(batch):
-            raise ValueError(f"{where}: ids is empty; leave out the step")
-        low, high = (int(end) for end in batch.aminmax())
-        if low < 0 or (self._num_samples is not None and high >= self._num_samples):
-            limit = "" if self._num_samples is None else f"..{self._num_samples - 1}"
-            raise ValueError(f"{where}: id {low if low < 0 else high} is outside the samples 0{limit}")
-        if not math.isfinite(scale):
-            raise ValueError(f"{where}: scale must be finite, got {scale}")
-        kept = self._read_stored(where, stored)
-        if coefficients is None:
-            share = scale / (len(batch) if self._reduction == "mean" else 1)
-            return _Named(batch, torch.full((len(batch),), share, dtype=torch.float64), kept, is_plain=True)
-        weights = as_doubles(coefficients)
-        if weights.shape != batch.shape or not torch.isfinite(weights).all():
-            raise ValueError(
-                f"{where}: coefficients must be finite, one per id: got {list(weights.shape)} for {len(batch)} ids"
-            )
-        return _Named(batch, weights * scale, kept, is_plain=False)
-
-    def _read_stored(self, where: str, stored: Any) -> "_Stored | None":
-        """A copy of the batch on the host, on its way there where it is on a GPU."""
-        if self._store_batches != (stored is not None):
-            need = "needs the batch: step(ids, batch=(x, y))" if self._store_batches else "is needed to keep a batch"
-            raise ValueError(f"{where}: store_batches=True {need}")
-        if stored is None:
-            return None
-        try:
-            layout, tensors = as_tree(stored)
-        except TypeError as error:
-            raise TypeError(f"{where}: {error}") from error
-        if self._stored_layout not in (None, layout):
-            raise ValueError(f"{where}: the batch is laid out as {layout}, those before as {self._stored_layout}")
-        self._stored_layout = layout
-        return _Stored(layout, tuple(_to_host(tensor) for tensor in tensors))
+    def _read(self, ids: Any, scale: float, coefficients: Any, batch: Any) -> Named:
+        return self._batches.read(f"step {self._num_steps}", ids, scale, coefficients, batch)
 
     def _before_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Notes of each training forward pass the size of its input, and the random generator's state where dropout is
-        active."""
-        if self._elsewhere() or not torch.is_grad_enabled():
-            return
-        self._inputs.append(next((tuple(leaf.shape) for leaf in leaves((args, kwargs))), ()))
-        device = next(iter(self._params.values())).device
-        if torch.is_autocast_enabled(device.type):
-            raise UnsupportedError(
-                f"step {self._num_steps}: the model runs under autocast, in less than float32: its steps cannot be "
-                "reproduced; train in float32 (torch.autocast(..., enabled=False))"
-            )
-        if modules.has_active_dropout(model):
-            self._rng.append(torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state())
+        if not self._elsewhere():
+            self._passes.note(f"step {self._num_steps}", model, args, kwargs, next(iter(self._params.values())).device)
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._elsewhere():
@@ -334,7 +281,7 @@ class Recorder:
             )
         else:
             self._recording = Watch(self._source())
-        return _Part(self._pending, tuple(self._rng), optimizers.group_settings(self._optimizer, self._rules), absent)
+        return _Part(self._pending, tuple(self._passes.rng), optimizers.group_settings(self._optimizer, self._rules), absent)
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         parts, self._parts = self._parts, None
@@ -342,10 +289,10 @@ class Recorder:
             return
         self._check_named()
         absent = self._check_gradients()
-        size, own, own_rng = self._ranks.size, self._pending, tuple(self._rng)
+        size, own, own_rng = self._ranks.size, self._pending, self._passes.take()
         pending = own if size == 1 else [named for part in parts for named in part.batches]
         rng = own_rng if size == 1 else tuple(state for part in parts for state in part.rng)
-        self._pending, self._rng, self._inputs = [], [], []
+        self._pending = []
         if bool(rng) != self._recording.has_dropout:
             raise UnsupportedError(f"step {self._num_steps}: dropout must be active in all steps of a log or in none")
         # DistributedDataParallel takes the mean of the processes' gradients
@@ -413,7 +360,7 @@ class Recorder:
         groups = {name: self._held[p] for name, p in self._params.items()}
         return Source(
             self._model, self._params, groups, self._optimizer, self._rules, self._reduction, self._num_samples,
-            self._clip, self._every or 1, self._log_dtype, bool(self._rng), self._stored_layout, self._budget(),
+            self._clip, self._every or 1, self._log_dtype, bool(self._passes.rng), self._batches.layout, self._budget(),
         )  # fmt: skip
 
     def _budget(self) -> DiskBudget | None:
@@ -421,7 +368,7 @@ class Recorder:
             return None
         self._check_named()  # the batch's size counts, so a closure is too late to name it
         stored = [tensor for named in self._pending if named.stored is not None for tensor in named.stored.tensors]
-        other = sum(tensor.numel() * tensor.element_size() for tensor in [*self._rng, *stored])
+        other = sum(tensor.numel() * tensor.element_size() for tensor in [*self._passes.rng, *stored])
         return DiskBudget(self._disk_budget, self._total_steps, sum(len(named.ids) for named in self._pending), other)
 
     def _check_named(self) -> None:
@@ -430,18 +377,7 @@ class Recorder:
                 f"step {self._num_steps}: optimizer.step() without ids; call it within `with recorder.step(ids):` "
                 "or after recorder.batch(ids)"
             )
-        if len(self._inputs) == len(self._pending):
-            for shape, named in zip(self._inputs, self._pending, strict=True):
-                if shape and named.is_plain and len(named.ids) not in shape[:2]:
-                    raise ValueError(
-                        f"step {self._num_steps}: {len(named.ids)} ids for a model input of shape {list(shape)}; name the "
-                        "sample of every row (ids may repeat), or give coefficients= where rows are not samples"
-                    )
-        if self._rng and len(self._rng) != len(self._pending):
-            raise UnsupportedError(
-                f"step {self._num_steps}: {len(self._rng)} forward passes of the model for {len(self._pending)} named batches; "
-                "dropout's masks can be replayed only where each named batch is one forward pass (others under torch.no_grad())"
-            )
+        self._passes.check(f"step {self._num_steps}", self._pending)
 
     def _check_gradients(self) -> tuple[int, ...]:
         """Positions of the parameters without a gradient, which the optimizer leaves alone."""
@@ -498,7 +434,7 @@ class Recorder:
 class _Part:
     """What one process adds to a step; absent is None where a closure has yet to compute the gradients."""
 
-    batches: list["_Named"]
+    batches: list[Named]
     rng: tuple[Tensor, ...]
     settings: list[list[float]]
     absent: tuple[int, ...] | None
@@ -513,29 +449,10 @@ class _Place:
     digests: dict[str, str] | None
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A batch taken apart: its layout and its tensors on the host."""
-
-    layout: Any
-    tensors: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class _Named:
-    """The samples of one backward(): ids [B], coefficients a [B], the batch itself where it is stored, and whether the
-    coefficients are those of the Recorder's reduction."""
-
-    ids: Tensor
-    coefficients: Tensor
-    stored: _Stored | None
-    is_plain: bool
-
-
 class _StepScope:
     """`with recorder.step(...)`: names its batch on entry, and wants exactly one step by the time it is left."""
 
-    def __init__(self, recorder: Recorder, batch: _Named | None) -> None:
+    def __init__(self, recorder: Recorder, batch: Named | None) -> None:
         self._recorder, self._batch = recorder, batch
         self.done = False
 
@@ -560,15 +477,6 @@ class _StepScope:
             recorder._pending = []
             if error is None:
                 raise LogError(f"step {recorder.num_steps}: recorder.step() ended without optimizer.step(); nothing was logged")
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in memory of its own; from a GPU without waiting, as the chunk's event covers it."""
-    tensor = tensor.detach()
-    if tensor.device.type == "cpu":
-        return tensor.clone(memory_format=torch.contiguous_format)
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
 
 
 def _read_every(every: Any, disk_budget: Any, total_steps: Any) -> tuple[int | None, int | None]:
