@@ -24,7 +24,9 @@ lint: $(VENV)/dev-installed
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 bench: $(VENV)/dev-installed
-	$(BIN)/python -m pytest bench --benchmark-only -q
+	mkdir -p bench/results
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench --benchmark-only -q --benchmark-group-by=group --benchmark-sort=min \
+	  --benchmark-columns=min,median,rounds --benchmark-json=bench/results/$$(date +%F)-$$(uname -n).json
 
 install: $(VENV)/demo-installed
 

@@ -41,7 +41,7 @@ ALLOWED = {
     "arrays": "data log optimizers",
     "trajectory": "arrays errors log log_reader optimizers",
     # what is asked of it
-    "problem": "data errors modules numerics trajectory",
+    "problem": "data errors log modules numerics trajectory",
     "queries": "data problem",
     "replay": "errors optimizers problem",
     "guard": "errors problem replay",

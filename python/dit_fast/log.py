@@ -327,7 +327,7 @@ def manifest_head(header: Header, constants_digest: str) -> dict[str, Any]:
         "training_flags": header.training_flags,
         "constants": {"file": CONSTANTS, "sha256": constants_digest},
         "frozen": header.frozen_digests,
-        "versions": {"dit_fast": _own_version(), "torch": torch.__version__},
+        "versions": {"dit_fast": own_version(), "torch": torch.__version__},
     }
 
 
@@ -396,7 +396,8 @@ def canonical_digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _own_version() -> str:
+def own_version() -> str:
+    """dit_fast's version, for what is written."""
     try:
         return version("dit_fast")
     except PackageNotFoundError:  # run from the source tree

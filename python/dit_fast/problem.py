@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from dit_fast import modules, numerics
 from dit_fast.data import Samples, Unpacked, as_ids, default_unpack, map_tensors, place
 from dit_fast.errors import LogError, UnsupportedError
+from dit_fast.log import own_version
 from dit_fast.trajectory import Trajectory
 
 Params = dict[str, Tensor]
@@ -138,7 +138,7 @@ class Evaluator:
             "device": str(self.device),
             "peak_memory": numerics.peak_memory(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "versions": {"dit_fast": version("dit_fast"), "torch": torch.__version__},
+            "versions": {"dit_fast": own_version(), "torch": torch.__version__},
         }
 
     @property
