@@ -202,7 +202,8 @@ def test_bad_batches_and_missing_data_are_named(tmp_path):
     recorder.batch([0], batch=(torch.ones(1), torch.ones(1)))
     with pytest.raises(ValueError, match="step 0: the batch is laid out as"):
         recorder.batch([0], batch=[torch.ones(1)])
-    recorder.close()
+    with pytest.warns(RuntimeWarning, match="1 batches were named"):
+        recorder.close()
     recorder = dit_fast.Recorder(tmp_path / "b", model, optimizer)
     with pytest.raises(ValueError, match="step 0: store_batches=True is needed"):
         recorder.batch([0], batch=(torch.ones(1),))

@@ -81,7 +81,7 @@ def test_a_wrong_rate_is_refused():
 
 def test_ids_in_another_order_are_refused():
     run = trained()
-    with pytest.raises(ValueError, match=r"does not reproduce step 0 of the log: .*the ids are in another order"):
+    with pytest.raises(ValueError, match=r"does not reproduce step 0 of the log: .*ids in another order"):
         score(run, trajectory=run.trajectory(batch_ids=run.batches[::-1]))
 
 
@@ -129,7 +129,7 @@ def test_another_loss_is_refused():
     def smoothed(output, target):
         return nn.functional.cross_entropy(output, target, reduction="none", label_smoothing=0.1)
 
-    with pytest.raises(ValueError, match="another loss or l2"):
+    with pytest.raises(ValueError, match="another model, loss or l2"):
         score(run, dit.Problem(run.case.model(), smoothed, (run.case.x, run.case.y)))
 
 
@@ -161,7 +161,7 @@ def test_a_loss_that_couples_the_samples_is_refused(function):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_model_that_couples_the_samples_or_draws_at_random_is_refused(dtype, module):
     run = trained(dtype, build=lambda: nn.Sequential(nn.Linear(5, 4), module(), nn.Linear(4, 3)))
-    with pytest.raises(dit.UnsupportedError, match=r"depend on the other samples of the batch \(or on chance\)"):
+    with pytest.raises(dit.UnsupportedError, match=r"depend on the other samples of the batch, or on chance"):
         score(run)
 
 
@@ -188,3 +188,31 @@ def test_without_the_check_a_wrong_problem_passes_and_the_scores_are_of_another_
 def test_a_batch_of_one_and_a_rate_of_zero_are_let_through():
     score(trained(batches=[torch.tensor([i]) for i in (3, 1, 3)]))
     score(trained(lr=0.0))
+
+
+def test_clipping_of_a_few_steps_in_the_middle_is_found():
+    """The largest step is the first that clipping shortens."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    x, y = torch.randn(8, 3), torch.randint(2, (8,))
+    x[4:] *= 20
+    y[4:] = 1 - model(x[4:]).argmax(1)  # so large a loss that its gradient is clipped
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    history = {name: [p.detach().clone()] for name, p in model.named_parameters()}
+    batches = [torch.arange(4)] * 3 + [torch.arange(4, 8)] * 2 + [torch.arange(4)] * 4
+    for ids in batches:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[ids]), y[ids]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        for name, p in model.named_parameters():
+            history[name].append(p.detach().clone())
+    params = {name: torch.stack(rows) for name, rows in history.items()}
+    problem = dit.Problem(model, nn.CrossEntropyLoss(reduction="none"), (x, y))
+    query = dit.queries.loss(x, y)
+    told = dit.Trajectory.from_arrays(params, batches, 0.1, clip_norm=1.0)
+    assert torch.isfinite(dit.score(told, problem, query).scores).all()
+    with pytest.raises(
+        ValueError, match=r"does not reproduce step [34] .* gradients clipped .* Recorder not told \(clip_norm=,"
+    ):
+        dit.score(dit.Trajectory.from_arrays(params, batches, 0.1), problem, query)

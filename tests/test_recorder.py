@@ -231,7 +231,8 @@ def test_marks(tmp_path):
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with dit.Recorder(tmp_path / "log", model, optimizer, chunk_bytes=1) as recorder:
-        recorder.mark("start")
+        with pytest.warns(RuntimeWarning, match="mark 'start' before the first step"):
+            recorder.mark("start")
         train(model, optimizer, 5, recorder)
         recorder.mark("one")
         with pytest.raises(ValueError, match="mark 'one' was set before, at step 5"):
@@ -366,8 +367,10 @@ def test_two_recorders_on_one_run(tmp_path):
 
 def test_a_run_without_a_step_leaves_no_log(tmp_path):
     model = net()
-    with dit.Recorder(tmp_path / "log", model, sgd(model)) as recorder:
+    recorder = dit.Recorder(tmp_path / "log", model, sgd(model))
+    with pytest.warns(RuntimeWarning, match="mark 'start' before the first step"):
         recorder.mark("start")
+    recorder.close()
     with pytest.raises(dit.LogError, match="holds no log"):
         dit.Trajectory.open(tmp_path / "log")
 
@@ -473,7 +476,7 @@ STEP = {
     "text ids": (naming(["a"]), TypeError, "step 3: ids must be integers"),
     "2-D ids": (naming([[1, 2]]), ValueError, "step 3: ids must be one-dimensional"),
     "empty ids": (naming([]), ValueError, "step 3: ids is empty"),
-    "negative ids": (naming([4, -2]), ValueError, "step 3: id -2 is outside"),
+    "negative ids": (naming([4, -2]), ValueError, "step 3: id -2 is negative"),
     "ids outside": (naming([4, N]), ValueError, f"step 3: id {N} is outside the samples 0..{N - 1}"),
     "coefficients": (naming([4, 5], [0.1]), ValueError, "step 3: coefficients must be finite, one per id"),
     "NaN coefficients": (naming([4], [np.nan]), ValueError, "step 3: coefficients must be finite"),
@@ -1069,3 +1072,14 @@ def test_a_step_that_is_not_finite_between_stored_ones(tmp_path):
             with recorder.step([1]):
                 optimizer.step()
     assert dit.Trajectory.open(tmp_path / "log").num_steps == 3
+
+
+def test_batches_that_no_step_followed_are_said(tmp_path):
+    model = net()
+    optimizer = sgd(model)
+    recorder = dit.Recorder(tmp_path / "log", model, optimizer)
+    train(model, optimizer, 2, recorder)
+    recorder.batch([1, 2])
+    with pytest.warns(RuntimeWarning, match=r"step 2: 1 batches were named and no optimizer.step\(\) followed"):
+        recorder.close()
+    assert dit.Trajectory.open(tmp_path / "log").num_steps == 2

@@ -104,7 +104,7 @@ def files(path):
 @pytest.mark.parametrize("options", [{}, {"every": 3}, {"chunk_bytes": 4000}, {"log_dtype": "bfloat16"}], ids=str)
 def test_a_resumed_run_leaves_the_log_of_an_uninterrupted_one(tmp_path, kind, options):
     truth = recorded(tmp_path / "truth", kind, **options)
-    stored = [t for t in (0, 3, 4, 5, 6, 12, 18, 27, 30) if dit.Trajectory.open(tmp_path / "truth").has_params(t)]
+    stored = [t for t in (3, 4, 5, 6, 9, 12, 18, 27, 30) if dit.Trajectory.open(tmp_path / "truth").has_params(t)]
     assert len(stored) >= 5
     recorded(tmp_path / "log", kind, **options)
     for step in reversed(stored):
@@ -116,6 +116,24 @@ def test_a_resumed_run_leaves_the_log_of_an_uninterrupted_one(tmp_path, kind, op
         assert_same_log(tmp_path / "log", tmp_path / "truth")
         named = {chunk["file"] for chunk in manifest(tmp_path / "log")["chunks"]}
         assert {file.name for file in (tmp_path / "log").iterdir()} == named | {"manifest.json", "constants.safetensors"}
+
+
+def test_a_model_before_step_0_would_cut_everything(tmp_path):
+    """A checkpoint that was forgotten: the same seed gives the parameters the run began with."""
+    recorded(tmp_path / "log")
+    before = files(tmp_path / "log")
+    with pytest.raises(dit.LogError, match=r"stands before step 0 .* all its 30 steps would be cut: load the checkpoint"):
+        Run().recorder(tmp_path / "log", resume=True)
+    assert files(tmp_path / "log") == before
+
+
+def test_a_log_that_begins_late_is_said(tmp_path):
+    """A kill before the first chunk was written left no log to go on with."""
+    truth = recorded(tmp_path / "truth", "adam")
+    run = Run("adam").load(truth.checkpoints, 6)
+    with pytest.warns(RuntimeWarning, match="resume=True found no steps at .* though the optimizer has made some"):
+        recorder = run.recorder(tmp_path / "log", resume=True)
+    recorder.close()
 
 
 def test_a_directory_without_a_log_starts_a_new_one(tmp_path):

@@ -7,19 +7,24 @@ from torch import Tensor
 
 from dit_fast.errors import UnsupportedError
 from dit_fast.problem import Evaluator, Params
-from dit_fast.replay import Replay, advance, batch_gradient, gradient_noise, rounding_of
+from dit_fast.replay import CAUSES, Replay, advance, batch_gradient, gradient_noise, rounding_of
 
 # a step must be met within this share of its length, beside the rounding of the parameters themselves
 STEP_TOLERANCE = 1e-4
+# parameters of the log looked at to find the largest step
+NUMBERS_LOOKED_AT = 1 << 27
 
 
 def check_problem(ev: Evaluator, last: int, replay: Replay) -> None:
-    """Replay the first, the middle and the last step before `last` through the problem; ValueError where one is missed.
+    """Replay a few steps before `last` through the problem; ValueError where one is missed.
+
+    They are the first, the middle, the last, and the one whose step was the largest for its rate, the first that clipping
+    would have shortened.
 
     Raises UnsupportedError for a per-sample loss that depends on the rest of its batch.
     """
     _check_samples_are_independent(ev)
-    for t in sorted({0, last // 2, last - 1}):
+    for t in sorted({0, last // 2, last - 1, *_largest_step(ev, last)}):
         if not ev.trajectory.has_params(t + 1):
             replay.at(t + 1)  # nothing to compare with between snapshots, but the replay of a whole segment is checked
             continue
@@ -39,6 +44,19 @@ def check_problem(ev: Evaluator, last: int, replay: Replay) -> None:
             )
 
 
+def _largest_step(ev: Evaluator, last: int) -> list[int]:
+    """The step with the largest ‖θ[t+1] − θ[t]‖/η, of at most so many as are read quickly; none for a log with gaps."""
+    if ev.trajectory.every > 1:
+        return []
+    stride = max(1, last * ev.num_parameters // NUMBERS_LOOKED_AT)
+    lengths = {}
+    for t in range(0, last, stride):
+        before, after = ev.trajectory.rows(t, t + 2).double()
+        rate = max(settings["lr"] for settings in ev.trajectory.settings(t))
+        lengths[t] = float((after - before).norm()) / rate if rate else 0.0
+    return [max(lengths, key=lambda t: lengths[t])]
+
+
 def _check_samples_are_independent(ev: Evaluator) -> None:
     params, whole = ev.params(0), ev.batches(0)[0]
     half = len(whole.ids) // 2
@@ -50,8 +68,8 @@ def _check_samples_are_independent(ev: Evaluator) -> None:
     scale = together.abs().max().clamp_min(1e-6)
     if not (together - alone).abs().max() <= (1e-3 if ev.dtype == torch.float32 else 1e-8) * scale:
         raise UnsupportedError(
-            "the per-sample losses depend on the other samples of the batch (or on chance): a sample then has no influence "
-            "of its own; use a loss and a model that treat every sample alone"
+            "the per-sample losses depend on the other samples of the batch, or on chance (dropout by function: use "
+            "torch.nn.Dropout, whose masks are logged): use a loss and a model that treat every sample alone"
         )
 
 
@@ -63,20 +81,18 @@ def _likely_cause(ev: Evaluator, t: int, params: Params, predicted: Params, logg
         return "The problem's gradient holds NaN or infinity."
     if _cosine(moved, expected) > 0.9999:
         ratio = float(moved.norm() / expected.norm())
-        guess = "the learning rate, the loss's scale or clipping of gradients"
+        guess = "the learning rate, the loss's scale or clipping of gradients (Recorder(clip_norm=...) tells of it)"
         if math.isclose(ratio, size, rel_tol=1e-2) or math.isclose(ratio, 1 / size, rel_tol=1e-2):
             guess = f"sum or mean ({size} samples in the batch): the Recorder's reduction"
         elif ratio < 1:
-            guess = "gradients clipped before the step, or the loss's scale"
-        return f"The logged step has the same direction and is {ratio:.4g} times as long: likely {guess}."
+            guess = "gradients clipped before the step and the Recorder not told (clip_norm=, clip_value=), or the loss's scale"
+        return f"The logged step has the same direction and is {ratio:.6g} times as long: likely {guess}."
     if abs(_cosine(error, theta)) > 0.999:
         rate = float(ev.trajectory.settings(t)[0]["lr"])
         missing = float(error @ theta / (theta @ theta)) / rate / float(ev.trajectory.coefficients(t).sum())
-        return f"The difference is proportional to the parameters: likely l2={ev.l2 + missing:.3g} where it is {ev.l2:.3g}."
-    return (
-        "Likely: the ids are in another order or of another data set, another loss or l2, random augmentation, "
-        "gradients clipped or changed before the step, autocast."
-    )
+        l2 = ev.l2 + missing if abs(ev.l2 + missing) > 1e-3 * ev.l2 else 0.0
+        return f"The difference is proportional to the parameters: likely l2={l2:.3g} where it is {ev.l2:.3g}."
+    return CAUSES
 
 
 def _flat(values: Params, minus: Params | None = None) -> Tensor:

@@ -51,9 +51,10 @@ class Batches:
         if not len(batch):
             raise ValueError(f"{where}: ids is empty; leave out the step")
         low, high = (int(end) for end in batch.aminmax())
-        if low < 0 or (self._num_samples is not None and high >= self._num_samples):
-            limit = "" if self._num_samples is None else f"..{self._num_samples - 1}"
-            raise ValueError(f"{where}: id {low if low < 0 else high} is outside the samples 0{limit}")
+        if low < 0:
+            raise ValueError(f"{where}: id {low} is negative; an id is a sample's position in the data")
+        if self._num_samples is not None and high >= self._num_samples:
+            raise ValueError(f"{where}: id {high} is outside the samples 0..{self._num_samples - 1}")
         if not math.isfinite(scale):
             raise ValueError(f"{where}: scale must be finite, got {scale}")
         kept = self._read_stored(where, stored)

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -212,6 +213,12 @@ class Recorder:
             raise TypeError(f"a mark's name must be a non-empty string, got {name!r}")
         if name in self._marks and not (name in self._repeatable and self._marks[name] == self._num_steps):
             raise ValueError(f"mark '{name}' was set before, at step {self._marks[name]}; names must differ")
+        if self._num_steps == 0:
+            warnings.warn(
+                f"mark '{name}' before the first step: a mark ends the window of the steps before it, so set it after them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         self._marks[name] = self._num_steps
         if self._recording is not None:
             self._recording.put_marks(self._marks)
@@ -320,6 +327,13 @@ class Recorder:
             _recorded_paths.add(self.path.resolve())
             if directory.prepare(self.path, overwrite, resume):
                 self._point = self._find_point()
+            if resume and self._point is None and resumption.update_counts(self._params, self._optimizer).any():
+                warnings.warn(
+                    f"resume=True found no steps at {self.path} to go on with, though the optimizer has made some: the log "
+                    "begins here, without them (call flush() before saving a checkpoint)",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
         if self._point is not None:
             self._rules = self._point.log.header.optimizer
         digests = None
@@ -345,7 +359,13 @@ class Recorder:
         if self._every is None:  # "auto": as it was chosen when the run began
             self._every, self._disk_budget = log.header.every, None
         resumption.check_same(log, header_of(self._source()), with_flags=False)
-        return resumption.find_point(log, self._params, self._optimizer)
+        point = resumption.find_point(log, self._params, self._optimizer)
+        if point.step == 0:
+            raise LogError(
+                f"the model stands before step 0 of the log at {self.path}, so that all its {log.num_steps} steps would be "
+                "cut: load the checkpoint, model and optimizer, before making the Recorder, or begin anew with overwrite=True"
+            )
+        return point
 
     def _cut(self) -> None:
         """End a log that was gone on with at the step where the model stands, no step having followed."""
@@ -416,6 +436,13 @@ class Recorder:
         if self._elsewhere():
             return
         self._closed = True
+        if complete and self._pending:
+            warnings.warn(
+                f"step {self._num_steps}: {len(self._pending)} batches were named and no optimizer.step() followed; they are "
+                "not in the log",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         for hook in self._hooks:
             hook.remove()
         atexit.unregister(self._at_exit)

@@ -16,6 +16,12 @@ from dit_fast.problem import Evaluator, Params
 
 # a replayed segment must end within this share of the distance travelled, beside the rounding of the parameters themselves
 DRIFT_TOLERANCE = 1e-3
+CAUSES = (
+    "Likely: gradients clipped and the Recorder not told (clip_norm=, clip_value=), or told and not clipped; another model, "
+    "loss or l2; ids in another order or of another data set, or not all batches named; gradients kept from the step before "
+    "(zero_grad); random augmentation (store_batches=True keeps the batches); dropout by function (use torch.nn.Dropout); "
+    "autocast."
+)
 # a gradient's elements are rounded to about this many units in the last place of its largest
 GRADIENT_ROUNDING = 4
 
@@ -119,9 +125,7 @@ class Replay:
         if self._is_checked and not error <= 2 * rounding + DRIFT_TOLERANCE * travelled:
             raise LogError(
                 f"the replay misses the parameters stored before step {t} by {error:.2g}, where {rounding:.2g} is rounding and "
-                f"{travelled:.2g} the distance travelled since the last stored ones: the problem is not that of the log, or "
-                "something else changed the run between (see the guard's list: l2, reduction, order of ids, dropout, "
-                "augmentation, clipping, autocast)"
+                f"{travelled:.2g} the distance travelled since the last stored ones. {CAUSES}"
             )
 
 
