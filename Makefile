@@ -36,10 +36,12 @@ $(VENV)/created:
 	touch $@
 
 $(VENV)/demo-installed: $(VENV)/created constraints.txt $(SOURCES)
+	@echo "installing dit_fast and what it needs into $(VENV): a few minutes, once"
 	$(BIN)/pip install --quiet -c constraints.txt '.[demo]'
 	touch $@
 
 $(VENV)/dev-installed: $(VENV)/created constraints.txt $(SOURCES)
+	@echo "installing dit_fast and what it needs into $(VENV): a few minutes, once"
 	$(BIN)/pip install --quiet -c constraints.txt '.[test,dev]'
 	touch $@
 

@@ -130,3 +130,14 @@ def test_our_own_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(cli, "app", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main()
+
+
+def test_version(run):
+    status, out, _ = run("--version")
+    assert (status, out) == (0, f"dit-fast {build_info()['version']}\n")
+
+
+def test_an_out_that_is_no_folder(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is a file: name a new folder" in one_line(run("demo", "--out", str(tmp_path / "file")))
+    assert "cannot be made: Not a directory" in one_line(run("demo", "--out", str(tmp_path / "file" / "below")))

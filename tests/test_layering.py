@@ -64,9 +64,10 @@ ALLOWED = {
     "plots": "analysis result",
     "demo": "__init__ analysis",
     "cli": "errors",
+    "__main__": "cli",
 }
 # imports inside functions or for type checkers alone, which keep matplotlib, torch or a cycle out of `import dit_fast`
-LAZY = {"result": "plots", "demo": "plots", "cli": "__init__ demo"}
+LAZY = {"result": "plots", "demo": "plots", "cli": "__init__ demo log"}
 # the slow truth shares no code with what it judges
 NOT_IN_REFERENCE = "ops optimizers score estimate sweep linearize layerwise native recognize plan factors replay retrain"
 

@@ -347,3 +347,9 @@ def test_a_margin_needs_classes_and_an_output_needs_logits():
     ev = evaluator(Returns(lambda z: {"z": z}), weight=W, bias=B)
     with pytest.raises(TypeError, match=r"the model's output \(dict\) is no tensor and has no logits; use queries.custom"):
         dit.score(ev.trajectory, ev.problem, queries.logit(X), check=False)
+
+
+def test_a_query_prints_its_label_and_size():
+    assert repr(queries.loss(torch.zeros(3, 2), torch.zeros(3))) == "Query('loss', 1 value)"
+    assert repr(queries.losses(torch.zeros(3, 2), torch.zeros(3))) == "Query('loss', 3 values)"
+    assert repr(queries.custom(lambda model: model.weight.sum())) == "Query('custom', as many values as it gives)"

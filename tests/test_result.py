@@ -178,8 +178,8 @@ def test_repr_shows_every_window_of_a_few():
     lines = repr(make()).splitlines()
     assert lines == [
         "Influence of 5 samples on 2 query values in 2 windows (adjoint, hessian=exact)",
-        "  epoch 0 [0, 10) loss: largest 7: +0.5, 30: +0.375, 20: +0.25",
-        "  epoch 1 [10, 20) loss: largest 10: -2, 30: +2, 40: +0.5",
+        "  epoch 0 [0, 10) loss (the first of 2): largest 7: +0.5, 30: +0.375, 20: +0.25",
+        "  epoch 1 [10, 20) loss (the first of 2): largest 10: -2, 30: +2, 40: +0.5",
     ]
 
 
@@ -191,7 +191,9 @@ def test_repr_shows_the_ends_of_many_windows():
 
 def test_repr_of_groups_one_query_and_no_samples():
     one = make(1, groups=[[1], [2], [3], [4], [5]], meta={})
-    assert repr(one).startswith("Influence of 5 groups on 2 query values in 1 window (?, hessian=-)")
+    assert repr(one).startswith("Influence of 5 groups on 2 query values in 1 window (?)\n")
+    assert "largest group 10: -2, group 30: +2" in repr(one)
+    assert "(?, 3 scores true by retraining)" in repr(make(meta={"refined": 3}))
     none = make(1, scores=torch.zeros(1, 1, 0), queries=["loss"], sample_ids=torch.arange(0))
     assert repr(none) == "Influence of 0 samples on 1 query value in 1 window (adjoint, hessian=exact)"
 
@@ -223,3 +225,19 @@ def test_plot_is_a_figure_with_a_row_per_window(tmp_path, num_windows):
 
 def test_plot_of_scores_that_are_all_zero(tmp_path):
     make(scores=torch.zeros(2, 2, 5, dtype=torch.float64)).plot().savefig(tmp_path / "plot.png", dpi=30)
+
+
+def test_queries_are_known_by_name_too():
+    result = make()
+    name = result.queries[1]
+    assert result.top(3, query=name) == result.top(3, query=1) == result.top(3, query=-1)
+    for call in (lambda query: result.top(3, query=query), result.plot):
+        with pytest.raises(ValueError, match=r"no query 'lost'; there are loss, "):
+            call("lost")
+        with pytest.raises(ValueError, match="query 9 does not exist: there are 2"):
+            call(9)
+
+
+def test_save_into_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"cannot save scores at .*x.safetensors: there is no folder .*none"):
+        make().save(tmp_path / "none" / "x.safetensors")

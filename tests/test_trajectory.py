@@ -215,3 +215,8 @@ def test_a_run_without_steps_has_no_windows():
     assert run.num_steps == 0 and run.params(0)["w"].tolist() == [1, 1]
     with pytest.raises(ValueError, match="no steps"):
         run.windows()
+
+
+def test_the_name_of_a_mark_is_answered_with_its_window():
+    with pytest.raises(ValueError, match=r"'first' is windows=\(0, 2\)"):
+        make(marks={"first": 2, "second": 5}).windows("first")

@@ -25,6 +25,23 @@ app = typer.Typer(
 console = Console()
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from dit_fast.log import own_version
+
+        typer.echo(f"dit-fast {own_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Which training samples made a model what it is, and when."""
+
+
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Say what was built and what is active: CPU, CUDA, BLAS, versions."""
@@ -54,10 +71,15 @@ def demo(
         raise ValueError(f"the demo needs {', '.join(missing)}: pip install 'dit_fast[demo]'")
     from dit_fast import demo as program
 
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a new folder")
     if out is not None and out.exists() and any(out.iterdir()):
         raise ValueError(f"--out {out} is not empty: name a new folder")
     folder = out or Path(tempfile.mkdtemp(prefix="dit-fast-demo-"))
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be made: {error.strerror}") from error
     report = program.run(data, folder, seed, say=console.print)
     _print_report(report)
 

@@ -31,7 +31,10 @@ def heatmap(result: Influence, query: int = 0) -> Figure:
     axes.invert_yaxis()
     axes.set_yticks(range(num_windows), [window.name for window in result.windows])
     mean = "" if len(edges) > num_samples else f"; a column is the mean of {np.diff(edges).max()} or fewer"
-    axes.set_xlabel(f"{num_samples} samples, lowest to highest sum of the rows{mean}")
+    if num_samples <= 24:
+        axes.set_xticks(np.arange(num_samples) + 0.5, [str(int(result.sample_ids[j])) for j in order])
+    unit = "samples" if result.groups is None else "groups"
+    axes.set_xlabel(f"{num_samples} {unit}, lowest to highest sum of the rows{mean}")
     axes.set_title(f"Change of {result.queries[query]} when a sample is removed")
     # the ticks that the norm would choose overlap around 0
     decades = [10.0**k for k in range(math.ceil(math.log10(limit / 100)), math.floor(math.log10(limit)) + 1)]

@@ -30,7 +30,7 @@ class Part:
     fn: PartFunction
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Query:
     """`size` scalars of a model called `label`; made by the functions of this module.
 
@@ -43,6 +43,10 @@ class Query:
     parts: tuple[Part, ...] = ()
     by_step: Mapping[int, Tensor] | None = None
     batch: Any = None
+
+    def __repr__(self) -> str:
+        values = "as many values as it gives" if self.size is None else f"{self.size} value{'s' * (self.size != 1)}"
+        return f"Query({self.label!r}, {values})"
 
     def names(self, size: int) -> list[str]:
         """A label for each of the `size` values."""

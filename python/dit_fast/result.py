@@ -63,7 +63,21 @@ class Influence:
             raise ValueError(f"window {window} does not exist: there are {len(self.windows)}")
         return window % len(self.windows)
 
-    def top(self, k: int = 10, window: int | str = -1, query: int = 0, order: str = "magnitude") -> list[tuple[int, float]]:
+    def query_index(self, query: int | str) -> int:
+        """Position of a query value by number (negative from the end) or label; ValueError where there is none."""
+        if isinstance(query, str):
+            if query not in self.queries:
+                raise ValueError(
+                    f"no query {query!r}; there are {', '.join(self.queries[:8])}{', …' * (len(self.queries) > 8)}"
+                )
+            return self.queries.index(query)
+        if not -len(self.queries) <= query < len(self.queries):
+            raise ValueError(f"query {query} does not exist: there are {len(self.queries)}")
+        return query % len(self.queries)
+
+    def top(
+        self, k: int = 10, window: int | str = -1, query: int | str = 0, order: str = "magnitude"
+    ) -> list[tuple[int, float]]:
         """The k leading samples of one window and query, best first, as (sample id, score).
 
         order: "magnitude" = largest |score|; "helpful" = largest score (removing it raises a loss); "harmful" = smallest.
@@ -71,9 +85,7 @@ class Influence:
         """
         if order not in ORDERS:
             raise ValueError(f"order={order!r} is not one of {', '.join(map(repr, ORDERS))}")
-        if not -len(self.queries) <= query < len(self.queries):
-            raise ValueError(f"query {query} does not exist: there are {len(self.queries)}")
-        row = self.scores[self.window_index(window), query]
+        row = self.scores[self.window_index(window), self.query_index(query)]
         key = {"magnitude": row.abs(), "helpful": row, "harmful": -row}[order]
         leading = torch.argsort(key, descending=True, stable=True)[:k]
         return [(int(self.sample_ids[i]), float(row[i])) for i in leading]
@@ -110,11 +122,11 @@ class Influence:
             }
         )
 
-    def plot(self, query: int = 0) -> "matplotlib.figure.Figure":
+    def plot(self, query: int | str = 0) -> "matplotlib.figure.Figure":
         """A heat map of one query's scores, windows × samples, sorted by their total (needs matplotlib)."""
         from dit_fast import plots
 
-        return plots.heatmap(self, query)
+        return plots.heatmap(self, self.query_index(query))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file with everything; whole or not at all."""
@@ -128,6 +140,8 @@ class Influence:
         tensors = {"scores": self.scores, "retrained": self.retrained, "sample_ids": self.sample_ids}
         data = save({k: v.contiguous() for k, v in tensors.items()}, metadata={"dit_fast": json.dumps(header)})
         target = Path(path)
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"cannot save scores at {target}: there is no folder {target.parent}")
         aside = target.with_name(f".{target.name}.partial")
         try:
             aside.write_bytes(data)
@@ -140,7 +154,9 @@ class Influence:
         """Read what `save` wrote; ValueError for any other file."""
         try:
             with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["dit_fast"])
+                if "dit_fast" not in (file.metadata() or {}):
+                    raise ValueError("it holds no scores")
+                header = json.loads(file.metadata()["dit_fast"])
                 tensors = {name: file.get_tensor(name) for name in ("scores", "retrained", "sample_ids")}
             if header["format"] != FORMAT:
                 raise ValueError(f"format {header['format']!r}")
@@ -151,18 +167,27 @@ class Influence:
 
     def __repr__(self) -> str:
         num_windows, num_queries, num_samples = self.scores.shape
-        unit = "samples" if self.groups is None else "groups"
+        unit, kind = ("samples", "") if self.groups is None else ("groups", "group ")
         lines = [
             f"Influence of {num_samples:,} {unit} on {num_queries:,} query value{'s' * (num_queries != 1)} in {num_windows:,} "
-            f"window{'s' * (num_windows != 1)} ({self.meta.get('method', '?')}, hessian={self.meta.get('hessian', '-')})"
+            f"window{'s' * (num_windows != 1)} ({', '.join(self._how())})"
         ]
+        what = self.queries[0] if num_queries == 1 else f"{self.queries[0]} (the first of {num_queries})"
         shown = list(range(num_windows)) if num_windows <= 6 else [0, 1, 2, -2, -1]
         for i in shown if num_samples else []:
             window = self.windows[i]
             if i == -2:
                 lines.append("  …")
-            leading = ", ".join(f"{j}: {value:+.3g}" for j, value in self.top(3, window=i))
+            leading = ", ".join(f"{kind}{j}: {value:+.3g}" for j, value in self.top(3, window=i))
             steps = f"[{window.start}, {window.stop})"
             name = steps if window.name == steps else f"{window.name} {steps}"
-            lines.append(f"  {name} {self.queries[0]}: largest {leading}")
+            lines.append(f"  {name} {what}: largest {leading}")
         return "\n".join(lines)
+
+    def _how(self) -> list[str]:
+        how = [str(self.meta.get("method", "?"))]
+        if "hessian" in self.meta:
+            how.append(f"hessian={self.meta['hessian']}")
+        if "refined" in self.meta:
+            how.append(f"{self.meta['refined']} scores true by retraining")
+        return how

@@ -278,7 +278,7 @@ class Trajectory:
         Raises ValueError (TypeError for what is no pair of integers) naming the window and the run's length.
         """
         if not self.num_steps:
-            raise ValueError("the run has no steps, so it has no windows")
+            raise ValueError("the run has no steps, so it has no windows; if its Recorder is still open, close() or flush() it")
         if spec is None:
             return [Window("whole run", 0, self.num_steps)]
         if isinstance(spec, str):
@@ -307,7 +307,9 @@ class Trajectory:
 
     def _between_marks(self, spec: str) -> list[Window]:
         if spec != "epochs":
-            raise ValueError(f'windows="{spec}" is not known; the only word is "epochs", the windows between marks')
+            known = self._between_marks("epochs") if self.marks else []
+            named = next((f"; {spec!r} is windows=({w.start}, {w.stop})" for w in known if w.name == spec), "")
+            raise ValueError(f'windows="{spec}" is not known; the only word is "epochs", the windows between marks{named}')
         if not self.marks:
             raise ValueError('windows="epochs" needs marks: call recorder.mark("epoch 0") after each epoch, or give steps')
         marks = sorted(self.marks.items(), key=lambda mark: mark[1])
