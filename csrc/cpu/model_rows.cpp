@@ -1,0 +1,192 @@
+#include "cpu/model_rows.h"
+
+#include <algorithm>
+
+#include "cpu/clones.h"
+
+namespace dit_fast::cpu {
+namespace {
+
+// A width that is known to the compiler where it is a usual one, so that the inner loops become vectors.
+template <class Loop>
+[[gnu::always_inline]] inline void with_width(Index width, Loop loop) {
+  switch (width) {
+    case 1:
+      return loop([] { return Index(1); });
+    case 8:
+      return loop([] { return Index(8); });
+    case 16:
+      return loop([] { return Index(16); });
+    default:
+      return loop([width] { return width; });
+  }
+}
+
+template <class Real>
+[[gnu::always_inline]] inline void fill_loop(Index B, Index K, Index O, const Real* row, const Real* shift, Real* z) {
+  with_width(O, [&](auto width) __attribute__((always_inline)) {
+    for (Index b = 0; b < B; ++b)
+      for (Index k = 0; k < K; ++k)
+        for (Index o = 0; o < width(); ++o)
+          z[(b * K + k) * width() + o] = row[b * width() + o] + (shift ? shift[k * width() + o] : 0);
+  });
+}
+
+template <class Real>
+[[gnu::always_inline]] inline void subtract_loop(Index B, Index K, Index O, const Real* row, Real* z) {
+  with_width(O, [&](auto width) __attribute__((always_inline)) {
+    for (Index b = 0; b < B; ++b)
+      for (Index k = 0; k < K; ++k)
+        for (Index o = 0; o < width(); ++o) z[(b * K + k) * width() + o] -= row[b * width() + o];
+  });
+}
+
+template <class Real>
+[[gnu::always_inline]] inline void multiply_loop(Index n, const Real* y, Real* x) {
+  for (Index i = 0; i < n; ++i) x[i] *= y[i];
+}
+
+template <class Real>
+[[gnu::always_inline]] inline void forward_loop(Index B, Index K, Index O, Index I, const Real* h, const Real* w,
+                                                Real* z) {
+  with_width(I, [&](auto width) __attribute__((always_inline)) {
+    for (Index b = 0; b < B; ++b)
+      for (Index k = 0; k < K; ++k)
+        for (Index o = 0; o < O; ++o) {
+          const Real *x = h + (b * K + k) * width(), *y = w + (k * O + o) * width();
+          // partial sums vectorise without leave to reorder additions
+          Real sums[8] = {}, sum = 0;
+          Index i = 0;
+          for (; i + 8 <= width(); i += 8)
+            for (int l = 0; l < 8; ++l) sums[l] += x[i + l] * y[i + l];
+          for (; i < width(); ++i) sum += x[i] * y[i];
+          if (width() >= 8)
+            sum += ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+          z[(b * K + k) * O + o] += sum;
+        }
+  });
+}
+
+template <class Real>
+[[gnu::always_inline]] inline void backward_loop(Index B, Index K, Index O, Index I, const Real* d, const Real* w,
+                                                 Real* below) {
+  with_width(I, [&](auto width) __attribute__((always_inline)) {
+    for (Index b = 0; b < B; ++b)
+      for (Index k = 0; k < K; ++k) {
+        Real* to = below + (b * K + k) * width();
+        const Real *from = d + (b * K + k) * O, *weight = w + k * O * width();
+        for (Index i = 0; i < width(); ++i) to[i] = from[0] * weight[i];
+        for (Index o = 1; o < O; ++o)
+          for (Index i = 0; i < width(); ++i) to[i] += from[o] * weight[o * width() + i];
+      }
+  });
+}
+
+template <class Real>
+[[gnu::always_inline]] inline void gradient_loop(Index B, Index K, Index O, Index I, const Real* d, const Real* h,
+                                                 Real* g) {
+  with_width(I, [&](auto width) __attribute__((always_inline)) {
+    for (Index b = 0; b < B; ++b)
+      for (Index k = 0; k < K; ++k)
+        for (Index o = 0; o < O; ++o) {
+          const Real scale = d[(b * K + k) * O + o];
+          for (Index i = 0; i < width(); ++i) g[(k * O + o) * width() + i] += scale * h[(b * K + k) * width() + i];
+        }
+  });
+}
+
+template <class Real>
+[[gnu::always_inline]] inline void sgd_loop(Index n, const SgdRule<Real>& rule, const Real* g, Real* m, Real* d) {
+  if (!m) {
+    for (Index i = 0; i < n; ++i) d[i] -= rule.rate * (g[i] + rule.decay * d[i]);
+    return;
+  }
+  const Real of_gradient = rule.nesterov ? 1 : 0, of_buffer = rule.nesterov ? rule.momentum : 1;
+  for (Index i = 0; i < n; ++i) {
+    const Real gradient = g[i] + rule.decay * d[i], buffer = rule.momentum * m[i] + rule.damped * gradient;
+    m[i] = buffer;
+    d[i] -= rule.rate * (of_gradient * gradient + of_buffer * buffer);
+  }
+}
+
+}  // namespace
+
+// target_clones works on plain functions alone, so that each loop is named once per type.
+#define DIT_FAST_FOR_EACH_REAL(Real)                                                                                \
+  namespace {                                                                                                       \
+  DIT_FAST_CLONES void fill_clones(Index B, Index K, Index O, const Real* row, const Real* shift, Real* z) {        \
+    fill_loop(B, K, O, row, shift, z);                                                                              \
+  }                                                                                                                 \
+  DIT_FAST_CLONES void subtract_clones(Index B, Index K, Index O, const Real* row, Real* z) {                       \
+    subtract_loop(B, K, O, row, z);                                                                                 \
+  }                                                                                                                 \
+  DIT_FAST_CLONES void multiply_clones(Index n, const Real* y, Real* x) {                                           \
+    multiply_loop(n, y, x);                                                                                         \
+  }                                                                                                                 \
+  DIT_FAST_CLONES void forward_clones(Index B, Index K, Index O, Index I, const Real* h, const Real* w, Real* z) {  \
+    forward_loop(B, K, O, I, h, w, z);                                                                              \
+  }                                                                                                                 \
+  DIT_FAST_CLONES void backward_clones(Index B, Index K, Index O, Index I, const Real* d, const Real* w, Real* z) { \
+    backward_loop(B, K, O, I, d, w, z);                                                                             \
+  }                                                                                                                 \
+  DIT_FAST_CLONES void gradient_clones(Index B, Index K, Index O, Index I, const Real* d, const Real* h, Real* g) { \
+    gradient_loop(B, K, O, I, d, h, g);                                                                             \
+  }                                                                                                                 \
+  DIT_FAST_CLONES void sgd_clones(Index n, const SgdRule<Real>& rule, const Real* g, Real* m, Real* d) {            \
+    sgd_loop(n, rule, g, m, d);                                                                                     \
+  }                                                                                                                 \
+  }
+
+DIT_FAST_FOR_EACH_REAL(float)
+DIT_FAST_FOR_EACH_REAL(double)
+#undef DIT_FAST_FOR_EACH_REAL
+
+template <class Real>
+void fill_rows(Index B, Index K, Index O, const Real* row, const Real* shift, Real* z) {
+  fill_clones(B, K, O, row, shift, z);
+}
+
+template <class Real>
+void subtract_rows(Index B, Index K, Index O, const Real* row, Real* z) {
+  subtract_clones(B, K, O, row, z);
+}
+
+template <class Real>
+void multiply_all(Index n, const Real* y, Real* x) {
+  multiply_clones(n, y, x);
+}
+
+template <class Real>
+void layer_forward(Index B, Index K, Index O, Index I, const Real* h, const Real* w, Real* z) {
+  forward_clones(B, K, O, I, h, w, z);
+}
+
+template <class Real>
+void layer_backward(Index B, Index K, Index O, Index I, const Real* d, const Real* w, Real* below) {
+  backward_clones(B, K, O, I, d, w, below);
+}
+
+template <class Real>
+void layer_gradient(Index B, Index K, Index O, Index I, const Real* d, const Real* h, Real* g) {
+  gradient_clones(B, K, O, I, d, h, g);
+}
+
+template <class Real>
+void apply_sgd(Index n, const SgdRule<Real>& rule, const Real* g, Real* m, Real* d) {
+  sgd_clones(n, rule, g, m, d);
+}
+
+#define DIT_FAST_INSTANTIATE(Real)                                                           \
+  template void fill_rows(Index, Index, Index, const Real*, const Real*, Real*);             \
+  template void subtract_rows(Index, Index, Index, const Real*, Real*);                      \
+  template void multiply_all(Index, const Real*, Real*);                                     \
+  template void layer_forward(Index, Index, Index, Index, const Real*, const Real*, Real*);  \
+  template void layer_backward(Index, Index, Index, Index, const Real*, const Real*, Real*); \
+  template void layer_gradient(Index, Index, Index, Index, const Real*, const Real*, Real*); \
+  template void apply_sgd(Index, const SgdRule<Real>&, const Real*, Real*, Real*);
+
+DIT_FAST_INSTANTIATE(float)
+DIT_FAST_INSTANTIATE(double)
+#undef DIT_FAST_INSTANTIATE
+
+}  // namespace dit_fast::cpu
