@@ -167,12 +167,19 @@ void Models<Real>::forward(const Primal<Real>& primal, int threads) {
 template <class Real>
 void Models<Real>::differentiate_loss(const Primal<Real>& primal, Index t) {
   const Index O = run_.layers.back().O, B = primal.B;
-  Real *y = h_.back(), *d = d_;
+  const Real* y = h_.back();
+  Real* d = d_;
   for (Index b = 0; b < B; ++b) {
     const Real scale = static_cast<Real>(primal.coefficients[b] * run_.loss_scale);
-    for (Index k = 0; k < K_; ++k, y += O, d += O) {
-      loss_probabilities(run_.loss, O, y, d);
-      loss_gradient(run_.loss, scale, O, y, d, target(t, b), label(t, b), d);
+    if (run_.loss == Loss::bce_logits) {
+      bce_gradients(K_, O, scale, y + b * K_ * O, target(t, b), d + b * K_ * O);
+      continue;
+    }
+    for (Index row = b * K_; row < (b + 1) * K_; ++row) {
+      const Real* at = y + row * O;
+      Real* to = d + row * O;
+      loss_probabilities(run_.loss, O, at, to);
+      loss_gradient(run_.loss, scale, O, at, to, target(t, b), label(t, b), to);
     }
   }
   if (run_.layers.back().activation != Activation::identity) multiply_all(B * K_ * O, first_.back(), d_);

@@ -1,6 +1,8 @@
 #include "cpu/model_rows.h"
 
 #include <algorithm>
+#include <cstdint>
+#include <cstring>
 
 #include "cpu/clones.h"
 
@@ -38,6 +40,52 @@ template <class Real>
     for (Index b = 0; b < B; ++b)
       for (Index k = 0; k < K; ++k)
         for (Index o = 0; o < width(); ++o) z[(b * K + k) * width() + o] -= row[b * width() + o];
+  });
+}
+
+// What exp needs of a type: bits of its integer twin, size of the mantissa, where results stay normal numbers.
+template <class Real>
+struct ExpOf;
+template <>
+struct ExpOf<float> {
+  using Bits = std::uint32_t;
+  static constexpr int mantissa = 23, degree = 7;
+  static constexpr float magic = 12582912.0f, largest = 87, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+};
+template <>
+struct ExpOf<double> {
+  using Bits = std::uint64_t;
+  static constexpr int mantissa = 52, degree = 13;
+  static constexpr double magic = 6755399441055744.0, largest = 708, ln2_high = 6.93147180369123816490e-01,
+                          ln2_low = 1.90821492927058770002e-10;
+};
+
+// exp for loops that are to become vectors, to a few units in the last place; beyond ±largest that of ±largest.
+template <class Real>
+[[gnu::always_inline]] inline Real vector_exp(Real x) {
+  using Of = ExpOf<Real>;
+  x = x > Of::largest ? Of::largest : x;
+  x = x < -Of::largest ? -Of::largest : x;
+  // x = n ln 2 + r; adding and taking away 1.5 · 2^mantissa rounds to an integer, which then stands in the low bits
+  const Real shifted = x * Real(1.44269504088896340736) + Of::magic, n = shifted - Of::magic;
+  const Real r = (x - n * Of::ln2_high) - n * Of::ln2_low;
+  Real p = 1;
+#pragma GCC unroll 16
+  for (int i = Of::degree; i > 0; --i) p = p * r * (Real(1) / Real(i)) + 1;
+  typename Of::Bits exponent, bits;
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  std::memcpy(&bits, &p, sizeof bits);
+  bits += exponent << Of::mantissa;
+  std::memcpy(&p, &bits, sizeof p);
+  return p;
+}
+
+template <class Real>
+[[gnu::always_inline]] inline void bce_loop(Index K, Index O, Real scale, const Real* y, const Real* target, Real* d) {
+  with_width(O, [&](auto width) __attribute__((always_inline)) {
+    for (Index k = 0; k < K; ++k)
+      for (Index o = 0; o < width(); ++o)
+        d[k * width() + o] = scale * (1 / (1 + vector_exp(-y[k * width() + o])) - target[o]);
   });
 }
 
@@ -120,6 +168,9 @@ template <class Real>
   DIT_FAST_CLONES void subtract_clones(Index B, Index K, Index O, const Real* row, Real* z) {                       \
     subtract_loop(B, K, O, row, z);                                                                                 \
   }                                                                                                                 \
+  DIT_FAST_CLONES void bce_clones(Index K, Index O, Real scale, const Real* y, const Real* target, Real* d) {       \
+    bce_loop(K, O, scale, y, target, d);                                                                            \
+  }                                                                                                                 \
   DIT_FAST_CLONES void multiply_clones(Index n, const Real* y, Real* x) {                                           \
     multiply_loop(n, y, x);                                                                                         \
   }                                                                                                                 \
@@ -152,6 +203,11 @@ void subtract_rows(Index B, Index K, Index O, const Real* row, Real* z) {
 }
 
 template <class Real>
+void bce_gradients(Index K, Index O, Real scale, const Real* y, const Real* target, Real* d) {
+  bce_clones(K, O, scale, y, target, d);
+}
+
+template <class Real>
 void multiply_all(Index n, const Real* y, Real* x) {
   multiply_clones(n, y, x);
 }
@@ -179,6 +235,7 @@ void apply_sgd(Index n, const SgdRule<Real>& rule, const Real* g, Real* m, Real*
 #define DIT_FAST_INSTANTIATE(Real)                                                           \
   template void fill_rows(Index, Index, Index, const Real*, const Real*, Real*);             \
   template void subtract_rows(Index, Index, Index, const Real*, Real*);                      \
+  template void bce_gradients(Index, Index, Real, const Real*, const Real*, Real*);          \
   template void multiply_all(Index, const Real*, Real*);                                     \
   template void layer_forward(Index, Index, Index, Index, const Real*, const Real*, Real*);  \
   template void layer_backward(Index, Index, Index, Index, const Real*, const Real*, Real*); \

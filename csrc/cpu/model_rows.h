@@ -18,6 +18,10 @@ void subtract_rows(Index B, Index K, Index O, const Real* row, Real* z);
 template <class Real>
 void multiply_all(Index n, const Real* y, Real* x);
 
+// d[k,o] = scale (σ(y[k,o]) − target[o]), k < K: the gradient of bce_logits for one sample and all models
+template <class Real>
+void bce_gradients(Index K, Index O, Real scale, const Real* y, const Real* target, Real* d);
+
 // The products of a layer that is too small for a GEMM per model:
 // z[b,k,o] += Σ_i h[b,k,i] w[k,o,i]
 template <class Real>

@@ -70,12 +70,13 @@ class MlpModels:
 
 def mlp_models(joins: Sequence[int], removed: Sequence[Tensor], num_samples: int) -> MlpModels:
     """Models that lack the samples removed[j] [n_j]."""
-    samples = torch.cat([ids.unique() for ids in removed]) if removed else torch.zeros(0, dtype=torch.int64)
-    models = torch.repeat_interleave(torch.arange(len(removed)), torch.tensor([len(ids.unique()) for ids in removed]))
-    order = samples.argsort(stable=True)
+    models = torch.repeat_interleave(torch.arange(len(removed)), torch.tensor([len(ids) for ids in removed], dtype=torch.int64))
+    # by sample, then by model, each pair once
+    pairs = (torch.cat([*removed, torch.zeros(0, dtype=torch.int64)]) * max(len(removed), 1) + models).unique()
+    samples, models = pairs // max(len(removed), 1), pairs % max(len(removed), 1)
     offsets = torch.zeros(num_samples + 1, dtype=torch.int64)
     offsets[1:] = torch.bincount(samples, minlength=num_samples).cumsum(0)
-    return MlpModels(torch.tensor(joins, dtype=torch.int64), offsets, models[order])
+    return MlpModels(torch.tensor(joins, dtype=torch.int64), offsets, models)
 
 
 def mlp_block(num_columns: int, shape: Sequence[int], dtype: torch.dtype, first: bool) -> Tensor:

@@ -294,7 +294,9 @@ def _first_visits(ev: Evaluator, removed: list[Tensor], last: int) -> list[int]:
     for t in reversed(range(last)):
         ids = ev.trajectory.batch_ids(t)
         first[ids[ids < len(first)]] = t
-    return [int(first[ids].min()) if len(ids) else last for ids in removed]
+    models = torch.repeat_interleave(torch.arange(len(removed)), torch.tensor([len(ids) for ids in removed], dtype=torch.int64))
+    visits = first[torch.cat([*removed, torch.zeros(0, dtype=torch.int64)])]
+    return torch.full((len(removed),), last).scatter_reduce(0, models, visits, "amin").tolist()
 
 
 def models_at_once(ev: Evaluator, budget: int) -> int:
