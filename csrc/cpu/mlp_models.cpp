@@ -82,16 +82,17 @@ void Models<Real>::share(const Primal<Real>& primal, bool gradients, int threads
 template <class Real>
 void Models<Real>::advance(const Primal<Real>& primal, Index t, Index k0, Index count, int threads) {
   begin(k0, count);
-  forward(primal, threads);
+  forward_first(primal, threads);
+  for (std::size_t l = 1; l < h_.size(); ++l) forward(primal, l, threads);
   differentiate_loss(primal, t);
   remove_samples(primal, t);
+  if (h_.size() == 1) subtract_rows(primal.B, K_, run_.layers[0].O, primal.layers[0].delta, d_);
   const Setting* settings = run_.settings + t * 2 * static_cast<Index>(h_.size());
   for (std::size_t l = h_.size(); l-- > 0;) {
     if (l > 0) {
       pull_back(primal, l, threads);
       update_weight(primal, l, settings[2 * l], threads);
     } else {
-      subtract_rows(primal.B, K_, run_.layers[0].O, primal.layers[0].delta, d_);
       update_first(primal, settings[0], threads);
     }
     if (run_.u[2 * l + 1]) update_bias(primal, l, settings[2 * l + 1]);
@@ -103,7 +104,8 @@ template <class Real>
 void Models<Real>::add_loss_changes(const Primal<Real>& primal, Index t, Index k0, Index count, double* changes,
                                     int threads) {
   begin(k0, count);
-  forward(primal, threads);
+  forward_first(primal, threads);
+  for (std::size_t l = 1; l < h_.size(); ++l) forward(primal, l, threads);
   const Index O = run_.layers.back().O;
   for (Index b = 0; b < primal.B; ++b) {
     const double scale = primal.coefficients[b] * run_.loss_scale;
@@ -131,36 +133,42 @@ Index Models<Real>::label(Index t, Index b) const {
   return run_.classes ? run_.classes[run_.rows[run_.offsets[t] + b]] : 0;
 }
 
-// hˡ = φ(hˡ⁻¹ (W + d)ᵀ + b + d), the first layer by one product: z¹ + x dᵀ
+// h¹ = φ(z¹ + x dᵀ + d), one product for all models
 template <class Real>
-void Models<Real>::forward(const Primal<Real>& primal, int threads) {
-  const Index B = primal.B;
-  for (std::size_t l = 0; l < h_.size(); ++l) {
-    const auto& [O, I, weight_at, bias_at, activation, slope] = run_.layers[l];
-    const Real* bias_change = run_.u[2 * l + 1] ? run_.u[2 * l + 1] + k0_ * O : nullptr;
-    const auto& layer = primal.layers[l];
-    Real* z = h_[l];
-    if (l == 0) {
-      fill_rows(B, K_, O, first_z_, bias_change, z);
-      product<Real>(Op::none, Op::none, B, K_ * O, I, layer.input, I, run_.u[0] + k0_ * O, run_.C * O, 1, z, K_ * O,
-                    threads);
-    } else {
-      fill_rows(K_, 1, O * I, run_.u[2 * l] + k0_ * O * I, static_cast<const Real*>(nullptr), weights_[l]);
-      for (Index k = 0; k < K_; ++k) add_scaled<Real>(O * I, 1, layer.weight, weights_[l] + k * O * I);
-      std::fill_n(row_, K_ * O, Real(0));
-      if (bias_change) fill_rows(1, K_, O, layer.bias, bias_change, row_);
-      copy_rows(B, K_ * O, row_, z);
-      const Real* h = h_[l - 1];
-      if (is_tiny(run_.layers[l]))
-        layer_forward(B, K_, O, I, h, weights_[l], z);
-      else
-        for (Index k = 0; k < K_; ++k)
-          product<Real>(Op::none, Op::transpose, B, O, I, h + k * I, K_ * I, weights_[l] + k * O * I, I, 1, z + k * O,
-                        K_ * O, threads);
-    }
+void Models<Real>::forward_first(const Primal<Real>& primal, int threads) {
+  const auto& [O, I, weight_at, bias_at, activation, slope] = run_.layers[0];
+  const Real* bias_change = run_.u[1] ? run_.u[1] + k0_ * O : nullptr;
+  const Index row = K_ * O;
+  product<Real>(Op::none, Op::none, primal.B, row, I, primal.layers[0].input, I, run_.u[0] + k0_ * O, run_.C * O, 0,
+                h_[0], row, threads);
+  // sample by sample, whose rows stay in the first-level cache
+  for (Index b = 0; b < primal.B; ++b) {
+    Real* z = h_[0] + b * row;
+    add_rows(1, K_, O, first_z_ + b * O, bias_change, z);
     // φ'' is not wanted: what is written of it lands in memory that is free until the way back
-    activate_all<Real>(activation, static_cast<Real>(slope), B * K_ * O, z, first_[l], below_);
+    activate_all<Real>(activation, static_cast<Real>(slope), row, z, first_[0] + b * row, below_);
   }
+}
+
+// hˡ = φ(hˡ⁻¹ (W + d)ᵀ + b + d)
+template <class Real>
+void Models<Real>::forward(const Primal<Real>& primal, std::size_t l, int threads) {
+  const auto& [O, I, weight_at, bias_at, activation, slope] = run_.layers[l];
+  const auto& layer = primal.layers[l];
+  const Index B = primal.B;
+  const Real* h = h_[l - 1];
+  Real* z = h_[l];
+  fill_rows(1, K_, O * I, layer.weight, run_.u[2 * l] + k0_ * O * I, weights_[l]);
+  std::fill_n(row_, K_ * O, Real(0));
+  if (layer.bias) fill_rows(1, K_, O, layer.bias, run_.u[2 * l + 1] + k0_ * O, row_);
+  copy_rows(B, K_ * O, row_, z);
+  if (is_tiny(run_.layers[l]))
+    layer_forward(B, K_, O, I, h, weights_[l], z);
+  else
+    for (Index k = 0; k < K_; ++k)
+      product<Real>(Op::none, Op::transpose, B, O, I, h + k * I, K_ * I, weights_[l] + k * O * I, I, 1, z + k * O,
+                    K_ * O, threads);
+  activate_all<Real>(activation, static_cast<Real>(slope), B * K_ * O, z, first_[l], below_);
 }
 
 // δᴸ = a_b ∂ℓ_b/∂hᴸ φ'
@@ -207,13 +215,18 @@ void Models<Real>::remove_samples(const Primal<Real>& primal, Index t) {
 template <class Real>
 void Models<Real>::pull_back(const Primal<Real>& primal, std::size_t l, int threads) {
   const Index O = run_.layers[l].O, I = run_.layers[l].I, B = primal.B;
-  if (is_tiny(run_.layers[l]))
-    layer_backward(B, K_, O, I, d_, weights_[l], below_);
-  else
-    for (Index k = 0; k < K_; ++k)
-      product<Real>(Op::none, Op::none, B, I, O, d_ + k * O, K_ * O, weights_[l] + k * O * I, I, 0, below_ + k * I,
-                    K_ * I, threads);
-  if (run_.layers[l - 1].activation != Activation::identity) multiply_all(B * K_ * I, first_[l - 1], below_);
+  const bool tiny = is_tiny(run_.layers[l]), curved = run_.layers[l - 1].activation != Activation::identity;
+  for (Index k = 0; !tiny && k < K_; ++k)
+    product<Real>(Op::none, Op::none, B, I, O, d_ + k * O, K_ * O, weights_[l] + k * O * I, I, 0, below_ + k * I,
+                  K_ * I, threads);
+  // sample by sample, whose rows stay in the first-level cache
+  for (Index b = 0; b < B; ++b) {
+    Real* below = below_ + b * K_ * I;
+    if (tiny) layer_backward(1, K_, O, I, d_ + b * K_ * O, weights_[l], below);
+    if (curved) multiply_all(K_ * I, first_[l - 1] + b * K_ * I, below);
+    // of the first layer the difference from the logged model alone is wanted
+    if (l == 1) subtract_rows(1, K_, I, primal.layers[0].delta + b * I, below);
+  }
 }
 
 // d_ holds δ¹ less the logged model's: d = keep d − η xᵀ δ, one product for all models

@@ -39,7 +39,8 @@ class Models {
   };
 
   void begin(Index k0, Index count);
-  void forward(const Primal<Real>& primal, int threads);
+  void forward_first(const Primal<Real>& primal, int threads);
+  void forward(const Primal<Real>& primal, std::size_t l, int threads);
   void differentiate_loss(const Primal<Real>& primal, Index t);
   void remove_samples(const Primal<Real>& primal, Index t);
   void pull_back(const Primal<Real>& primal, std::size_t l, int threads);

@@ -25,7 +25,8 @@ template <class Loop>
 }
 
 template <class Real>
-[[gnu::always_inline]] inline void fill_loop(Index B, Index K, Index O, const Real* row, const Real* shift, Real* z) {
+[[gnu::always_inline]] inline void fill_loop(Index B, Index K, Index O, const Real* row, const Real* shift,
+                                             Real* __restrict z) {
   with_width(O, [&](auto width) __attribute__((always_inline)) {
     for (Index b = 0; b < B; ++b)
       for (Index k = 0; k < K; ++k)
@@ -35,7 +36,20 @@ template <class Real>
 }
 
 template <class Real>
-[[gnu::always_inline]] inline void subtract_loop(Index B, Index K, Index O, const Real* row, Real* z) {
+[[gnu::always_inline]] inline void add_loop(Index B, Index K, Index O, const Real* row, const Real* shift,
+                                            Real* __restrict z) {
+  for (Index b = 0; shift && b < B; ++b)
+    for (Index j = 0; j < K * O; ++j) z[b * K * O + j] += shift[j];
+  with_width(O, [=](auto width) __attribute__((always_inline)) {
+    Real* __restrict to = z;
+    for (Index b = 0; b < B; ++b)
+      for (Index k = 0; k < K; ++k)
+        for (Index o = 0; o < width(); ++o) to[(b * K + k) * width() + o] += row[b * width() + o];
+  });
+}
+
+template <class Real>
+[[gnu::always_inline]] inline void subtract_loop(Index B, Index K, Index O, const Real* row, Real* __restrict z) {
   with_width(O, [&](auto width) __attribute__((always_inline)) {
     for (Index b = 0; b < B; ++b)
       for (Index k = 0; k < K; ++k)
@@ -81,7 +95,8 @@ template <class Real>
 }
 
 template <class Real>
-[[gnu::always_inline]] inline void bce_loop(Index K, Index O, Real scale, const Real* y, const Real* target, Real* d) {
+[[gnu::always_inline]] inline void bce_loop(Index K, Index O, Real scale, const Real* y, const Real* target,
+                                            Real* __restrict d) {
   with_width(O, [&](auto width) __attribute__((always_inline)) {
     for (Index k = 0; k < K; ++k)
       for (Index o = 0; o < width(); ++o)
@@ -90,61 +105,92 @@ template <class Real>
 }
 
 template <class Real>
-[[gnu::always_inline]] inline void multiply_loop(Index n, const Real* y, Real* x) {
+[[gnu::always_inline]] inline void multiply_loop(Index n, const Real* y, Real* __restrict x) {
   for (Index i = 0; i < n; ++i) x[i] *= y[i];
 }
 
+// Eight elements; the compiler splits them where the machine's registers are narrower.
 template <class Real>
-[[gnu::always_inline]] inline void forward_loop(Index B, Index K, Index O, Index I, const Real* h, const Real* w,
+struct Eight {
+  typedef Real type __attribute__((vector_size(8 * sizeof(Real))));
+};
+
+template <class Vector, class Real>
+[[gnu::always_inline]] inline void load(const Real* from, Vector& value) {
+  std::memcpy(&value, from, sizeof value);
+}
+
+template <class Real>
+[[gnu::always_inline]] inline void forward_loop(Index B, Index K, Index O, Index inputs, const Real* h, const Real* w,
                                                 Real* z) {
-  with_width(I, [&](auto width) __attribute__((always_inline)) {
+  using Vector = typename Eight<Real>::type;
+  with_width(inputs, [=](auto width) mutable __attribute__((always_inline)) {
+    const Index I = width();
     for (Index b = 0; b < B; ++b)
-      for (Index k = 0; k < K; ++k)
-        for (Index o = 0; o < O; ++o) {
-          const Real *x = h + (b * K + k) * width(), *y = w + (k * O + o) * width();
-          // partial sums vectorise without leave to reorder additions
-          Real sums[8] = {}, sum = 0;
+      for (Index k = 0; k < K; ++k, h += I)
+        for (Index o = 0; o < O; ++o, ++z) {
+          const Real* weight = w + (k * O + o) * I;
+          Real sum = 0;
           Index i = 0;
-          for (; i + 8 <= width(); i += 8)
-            for (int l = 0; l < 8; ++l) sums[l] += x[i + l] * y[i + l];
-          for (; i < width(); ++i) sum += x[i] * y[i];
-          if (width() >= 8)
-            sum += ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
-          z[(b * K + k) * O + o] += sum;
+          if (I >= 8) {
+            Vector sums = {}, x, y;
+            for (; i + 8 <= I; i += 8) {
+              load(h + i, x);
+              load(weight + i, y);
+              sums += x * y;
+            }
+            sums += __builtin_shufflevector(sums, sums, 4, 5, 6, 7, 0, 1, 2, 3);
+            sums += __builtin_shufflevector(sums, sums, 2, 3, 0, 1, 6, 7, 4, 5);
+            sum = sums[0] + sums[1];
+          }
+          for (; i < I; ++i) sum += h[i] * weight[i];
+          *z += sum;
         }
   });
 }
 
+// to[i] += scale from[i], i < n, or = without Keep
+template <bool Keep, class Real>
+[[gnu::always_inline]] inline void add_row(Index n, Real scale, const Real* from, Real* to) {
+  using Vector = typename Eight<Real>::type;
+  Index i = 0;
+  for (; i + 8 <= n; i += 8) {
+    Vector x, sum = {};
+    load(from + i, x);
+    if (Keep) load(to + i, sum);
+    sum += scale * x;
+    std::memcpy(to + i, &sum, sizeof sum);
+  }
+  for (; i < n; ++i) to[i] = (Keep ? to[i] : 0) + scale * from[i];
+}
+
 template <class Real>
-[[gnu::always_inline]] inline void backward_loop(Index B, Index K, Index O, Index I, const Real* d, const Real* w,
+[[gnu::always_inline]] inline void backward_loop(Index B, Index K, Index O, Index inputs, const Real* d, const Real* w,
                                                  Real* below) {
-  with_width(I, [&](auto width) __attribute__((always_inline)) {
+  with_width(inputs, [=](auto width) mutable __attribute__((always_inline)) {
+    const Index I = width();
     for (Index b = 0; b < B; ++b)
-      for (Index k = 0; k < K; ++k) {
-        Real* to = below + (b * K + k) * width();
-        const Real *from = d + (b * K + k) * O, *weight = w + k * O * width();
-        for (Index i = 0; i < width(); ++i) to[i] = from[0] * weight[i];
-        for (Index o = 1; o < O; ++o)
-          for (Index i = 0; i < width(); ++i) to[i] += from[o] * weight[o * width() + i];
+      for (Index k = 0; k < K; ++k, below += I, d += O) {
+        add_row<false>(I, d[0], w + k * O * I, below);
+        for (Index o = 1; o < O; ++o) add_row<true>(I, d[o], w + (k * O + o) * I, below);
       }
   });
 }
 
 template <class Real>
-[[gnu::always_inline]] inline void gradient_loop(Index B, Index K, Index O, Index I, const Real* d, const Real* h,
+[[gnu::always_inline]] inline void gradient_loop(Index B, Index K, Index O, Index inputs, const Real* d, const Real* h,
                                                  Real* g) {
-  with_width(I, [&](auto width) __attribute__((always_inline)) {
+  with_width(inputs, [=](auto width) mutable __attribute__((always_inline)) {
+    const Index I = width();
     for (Index b = 0; b < B; ++b)
-      for (Index k = 0; k < K; ++k)
-        for (Index o = 0; o < O; ++o) {
-          const Real scale = d[(b * K + k) * O + o];
-          for (Index i = 0; i < width(); ++i) g[(k * O + o) * width() + i] += scale * h[(b * K + k) * width() + i];
-        }
+      for (Index k = 0; k < K; ++k, h += I, d += O)
+        for (Index o = 0; o < O; ++o) add_row<true>(I, d[o], h, g + (k * O + o) * I);
   });
 }
 
 template <class Real>
-[[gnu::always_inline]] inline void sgd_loop(Index n, const SgdRule<Real>& rule, const Real* g, Real* m, Real* d) {
+[[gnu::always_inline]] inline void sgd_loop(Index n, const SgdRule<Real>& rule, const Real* g, Real* m,
+                                            Real* __restrict d) {
   if (!m) {
     for (Index i = 0; i < n; ++i) d[i] -= rule.rate * (g[i] + rule.decay * d[i]);
     return;
@@ -164,6 +210,9 @@ template <class Real>
   namespace {                                                                                                       \
   DIT_FAST_CLONES void fill_clones(Index B, Index K, Index O, const Real* row, const Real* shift, Real* z) {        \
     fill_loop(B, K, O, row, shift, z);                                                                              \
+  }                                                                                                                 \
+  DIT_FAST_CLONES void add_clones(Index B, Index K, Index O, const Real* row, const Real* shift, Real* z) {         \
+    add_loop(B, K, O, row, shift, z);                                                                               \
   }                                                                                                                 \
   DIT_FAST_CLONES void subtract_clones(Index B, Index K, Index O, const Real* row, Real* z) {                       \
     subtract_loop(B, K, O, row, z);                                                                                 \
@@ -195,6 +244,11 @@ DIT_FAST_FOR_EACH_REAL(double)
 template <class Real>
 void fill_rows(Index B, Index K, Index O, const Real* row, const Real* shift, Real* z) {
   fill_clones(B, K, O, row, shift, z);
+}
+
+template <class Real>
+void add_rows(Index B, Index K, Index O, const Real* row, const Real* shift, Real* z) {
+  add_clones(B, K, O, row, shift, z);
 }
 
 template <class Real>
@@ -234,6 +288,7 @@ void apply_sgd(Index n, const SgdRule<Real>& rule, const Real* g, Real* m, Real*
 
 #define DIT_FAST_INSTANTIATE(Real)                                                           \
   template void fill_rows(Index, Index, Index, const Real*, const Real*, Real*);             \
+  template void add_rows(Index, Index, Index, const Real*, const Real*, Real*);              \
   template void subtract_rows(Index, Index, Index, const Real*, Real*);                      \
   template void bce_gradients(Index, Index, Real, const Real*, const Real*, Real*);          \
   template void multiply_all(Index, const Real*, Real*);                                     \

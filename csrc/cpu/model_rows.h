@@ -10,6 +10,10 @@ namespace dit_fast::cpu {
 template <class Real>
 void fill_rows(Index B, Index K, Index O, const Real* row, const Real* shift, Real* z);
 
+// z[b,k,o] += row[b,o] + shift[k,o]; shift may be null.
+template <class Real>
+void add_rows(Index B, Index K, Index O, const Real* row, const Real* shift, Real* z);
+
 // z[b,k,o] −= row[b,o]
 template <class Real>
 void subtract_rows(Index B, Index K, Index O, const Real* row, Real* z);
