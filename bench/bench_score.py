@@ -127,7 +127,7 @@ class Setting:
         with ev.session():
             compiled = native.prepare(ev, "exact")
         swallow = lambda n: None  # noqa: E731
-        return lambda: mix @ native.sweep(ev, columns, compiled, at.__getitem__, self.work.samples, swallow)
+        return lambda: mix @ native.sweep(ev, columns, compiled, "exact", at.__getitem__, self.work.samples, swallow)
 
     def _sweep(self, step: Callable[[int, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]) -> Tensor:
         """Scores [W, N] with step(t, U) → (dots [K, B], H U), columns joining at the ends; difference of endpoints."""

@@ -12,6 +12,7 @@
 #include "grad_dot.h"
 #include "lowrank_update.h"
 #include "mlp_gradient.h"
+#include "mlp_retrain.h"
 #include "mlp_sweep.h"
 
 namespace py = pybind11;
@@ -117,6 +118,18 @@ Index mlp_sweep(dit_fast::MlpSweep<Real> args, const std::vector<Address>& u, co
   return dit_fast::cpu::mlp_sweep(args, threads);
 }
 
+// joins, removed_offsets, removed_models
+using Models = std::array<Address, 3>;
+
+template <class Real>
+dit_fast::MlpRetrain<Real> retrain_args(dit_fast::MlpSweep<Real> run, const std::vector<Address>& d,
+                                        const std::vector<Address>& m, const Models& models) {
+  for (const Address block : d) run.u.push_back(pointer<Real>(block));
+  for (const Address block : m) run.m.push_back(pointer<Real>(block));
+  run.m.resize(run.u.size());
+  return {run, pointer<const Index>(models[0]), pointer<const Index>(models[1]), pointer<const Index>(models[2])};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -165,6 +178,35 @@ PYBIND11_MODULE(_C, m) {
                                    pointer<double>(out.first), out.second, threads);
         cpu::mlp_gradient(mlp_args<float>(layers, kinds, scale, 0, sizes, theta, x, targets, log),
                           pointer<float>(out.first), out.second, threads);
+      },
+      Free());
+  m.def(
+      "mlp_retrain_cpu",
+      [](bool twice, const std::vector<LayerSpec>& layers, const Kinds& kinds, double scale, double l2,
+         const std::array<Index, 3>& sizes, const Table& theta, const Table& x, Address targets,
+         const std::array<Address, 5>& log, const std::vector<Address>& d, const std::vector<Address>& m,
+         const Models& models, int threads) {
+        if (twice)
+          return cpu::mlp_retrain(
+              retrain_args(mlp_args<double>(layers, kinds, scale, l2, sizes, theta, x, targets, log), d, m, models),
+              threads);
+        cpu::mlp_retrain(
+            retrain_args(mlp_args<float>(layers, kinds, scale, l2, sizes, theta, x, targets, log), d, m, models),
+            threads);
+      },
+      Free());
+  m.def(
+      "mlp_loss_changes_cpu",
+      [](bool twice, const std::vector<LayerSpec>& layers, const Kinds& kinds, double scale,
+         const std::array<Index, 3>& sizes, const Table& theta, const Table& x, Address targets,
+         const std::array<Address, 5>& log, const std::vector<Address>& d, Address changes, int threads) {
+        if (twice)
+          return cpu::mlp_loss_changes(
+              retrain_args(mlp_args<double>(layers, kinds, scale, 0, sizes, theta, x, targets, log), d, {}, {}),
+              pointer<double>(changes), threads);
+        cpu::mlp_loss_changes(
+            retrain_args(mlp_args<float>(layers, kinds, scale, 0, sizes, theta, x, targets, log), d, {}, {}),
+            pointer<double>(changes), threads);
       },
       Free());
   m.def("use_blas", &cpu::use_blas, py::arg("allowed"));

@@ -1,4 +1,4 @@
-// Per-sample losses of an output y [O], the same on CPU and GPU: gradient and Hessian–vector product.
+// Per-sample losses of an output y [O], the same on CPU and GPU: value, gradient and Hessian–vector product.
 //
 //   cross_entropy   scale · (log Σ_o exp y_o − y_c), c the class        p = softmax(y)
 //   bce_logits      scale · Σ_o (log(1 + exp y_o) − τ_o y_o)            p = σ(y)
@@ -12,6 +12,24 @@
 namespace dit_fast {
 
 enum class Loss { cross_entropy, bce_logits, squared_error };
+
+// ℓ(y) / scale. target is τ [O]; cross_entropy takes the class instead.
+template <class Real>
+DIT_FAST_HOST_DEVICE Real loss_value(Loss loss, Index O, const Real* y, const Real* target, Index label) {
+  Real sum = 0, largest = y[0];
+  if (loss == Loss::cross_entropy) {
+    for (Index o = 1; o < O; ++o) largest = y[o] > largest ? y[o] : largest;
+    for (Index o = 0; o < O; ++o) sum += std::exp(y[o] - largest);
+    return std::log(sum) + (largest - y[label]);
+  }
+  for (Index o = 0; o < O; ++o) {
+    if (loss == Loss::bce_logits)
+      sum += (y[o] > 0 ? y[o] : 0) - target[o] * y[o] + std::log1p(std::exp(-std::fabs(y[o])));
+    else
+      sum += (y[o] - target[o]) * (y[o] - target[o]);
+  }
+  return sum;
+}
 
 // p [O] from y [O]; squared_error needs none. p may be y.
 template <class Real>

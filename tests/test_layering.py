@@ -53,7 +53,8 @@ ALLOWED = {
     "recognize": "mlp problem",
     "native": "data errors linearize log mlp ops optimizers plan problem queries recognize sweep",
     "factors": "linearize ops problem sweep",
-    "retrain": "byte_sizes data guard plan problem progress queries replay result trajectory",
+    "native_retrain": "mlp native ops problem queries recognize",
+    "retrain": ("byte_sizes data guard native native_retrain plan problem progress queries recognize replay result trajectory"),
     "score": "factors guard linearize native plan problem progress queries recognize replay result retrain sweep trajectory",
     "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
     "reference": "data problem progress queries result trajectory",
@@ -67,9 +68,11 @@ ALLOWED = {
     "__main__": "cli",
 }
 # imports inside functions or for type checkers alone, which keep matplotlib, torch or a cycle out of `import dit_fast`
-LAZY = {"result": "plots", "demo": "plots", "cli": "__init__ demo log"}
+LAZY = {"result": "plots", "score": "estimate", "demo": "plots", "cli": "__init__ demo log"}
 # the slow truth shares no code with what it judges
-NOT_IN_REFERENCE = "ops optimizers score estimate sweep linearize layerwise native recognize plan factors replay retrain"
+NOT_IN_REFERENCE = (
+    "ops optimizers score estimate sweep linearize layerwise native native_retrain recognize plan factors replay retrain"
+)
 
 
 def imports(source: str, modules: set[str]) -> Iterator[tuple[str, bool]]:

@@ -1,4 +1,4 @@
-"""leave_one_out: the same numbers whether models advance together or alone, many or few at a time."""
+"""leave_one_out, generic path: the same numbers whether models advance together or alone, many or few at a time."""
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ def loss(run):
 
 
 def retrain(run, windows=WINDOWS, query=None, **options):
+    options = {"backend": "generic"} | options
     return dit_fast.leave_one_out(run.trajectory(), run.problem(), query or loss(run), windows, **options)
 
 
@@ -149,6 +150,7 @@ REFUSED = {
     "a group outside": ({"groups": [[0], [1, 12]]}, ValueError, r"must lie in 0..11, got 1..12"),
     "a group of names": ({"groups": [[0.5]]}, TypeError, "groups must be integers"),
     "ids outside": ({"sample_ids": [12]}, ValueError, "sample_ids must lie in 0..11"),
+    "backend": ({"backend": "factors"}, ValueError, "backend='factors' is not one of 'auto', 'generic', 'native'"),
     "budget": ({"memory_budget": 600}, ValueError, "one model needs .* more than memory_budget = 600 B"),
     "window": ({"windows": (3, 3)}, ValueError, "is empty or reversed"),
     "ready gradients": ({"query": queries.gradients({7: torch.zeros(1, 79)})}, ValueError, "cannot be retrained or refined"),

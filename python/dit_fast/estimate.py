@@ -130,6 +130,29 @@ def estimate_score(
     return ScoreEstimate(**adjoint, retraining=retraining, retraining_refused=refused)
 
 
+def choose_method(
+    trajectory: Trajectory,
+    problem: Problem,
+    query: Query | Sequence[Query],
+    windows: Any,
+    *,
+    query_at: str,
+    refine: int,
+    **options: Any,
+) -> tuple[str, str]:
+    """ "adjoint" or "retrain", whichever takes fewer FLOPs for these arguments of `score`, and why."""
+    if query_at == "final":
+        return "adjoint", "query_at='final' cannot be retrained"
+    cost = estimate_score(trajectory, problem, query, windows, query_at=query_at, check=False, **options)
+    if cost.retraining is None:
+        return "adjoint", str(cost.retraining_refused)
+    names = {"adjoint": float(cost.flops), "retrain": float(cost.retraining.flops)}
+    # the samples that are refined are at least so many
+    names["adjoint"] += names["retrain"] * min(1, refine / max(cost.retraining.models, 1))
+    chosen = min(names, key=lambda name: names[name])
+    return chosen, " and ".join(f"{name} takes {_format_flops(flops)}" for name, flops in names.items())
+
+
 class _Cost:
     """What both estimates need to know of the run, the query and the budget."""
 

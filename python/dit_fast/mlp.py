@@ -55,8 +55,32 @@ class MlpSteps:
     settings: Tensor
 
 
+@dataclass(frozen=True)
+class MlpModels:
+    """K counterfactual models: which join when, and what each lacks; int64 on the CPU.
+
+    joins [K], rising: the step of `MlpSteps` from which a model differs, 0 or less for one that does already. The models
+    removed[offsets[i] : offsets[i+1]] lack sample i, each named once; offsets [N+1] for ids below N.
+    """
+
+    joins: Tensor
+    offsets: Tensor
+    removed: Tensor
+
+
+def mlp_models(joins: Sequence[int], removed: Sequence[Tensor], num_samples: int) -> MlpModels:
+    """Models that lack the samples removed[j] [n_j]."""
+    models = torch.repeat_interleave(torch.arange(len(removed)), torch.tensor([len(ids) for ids in removed], dtype=torch.int64))
+    # by sample, then by model, each pair once
+    pairs = (torch.cat([*removed, torch.zeros(0, dtype=torch.int64)]) * max(len(removed), 1) + models).unique()
+    samples, models = pairs // max(len(removed), 1), pairs % max(len(removed), 1)
+    offsets = torch.zeros(num_samples + 1, dtype=torch.int64)
+    offsets[1:] = torch.bincount(samples, minlength=num_samples).cumsum(0)
+    return MlpModels(torch.tensor(joins, dtype=torch.int64), offsets, models)
+
+
 def mlp_block(num_columns: int, shape: Sequence[int], dtype: torch.dtype, first: bool) -> Tensor:
-    """A zero block [K, *shape] for a parameter of `MlpSweep`; `first`: that of the first layer's weight."""
+    """A zero block [K, *shape] for a parameter of `MlpSweep` or `MlpRetrain`; `first`: that of the first layer's weight."""
     if first:
         return torch.zeros(shape[1], num_columns, shape[0], dtype=dtype).permute(1, 2, 0)
     return torch.zeros(num_columns, *shape, dtype=dtype)
@@ -66,17 +90,57 @@ def check_sweep(
     net: Mlp, steps: MlpSteps, blocks: Sequence[Tensor | None], momenta: Sequence[Tensor | None] | None, scores: Tensor
 ) -> None:
     """What `ops.MlpSweep` refuses: TypeError or ValueError that names the argument."""
-    K, n, B = len(scores), len(steps.theta), len(steps.rows)
+    K, N = scores.shape
+    _check_tensors(("scores", scores, torch.float64, (K, N)))
+    _check_steps(net, steps, blocks, momenta, K, N)
+
+
+def check_retrain(
+    net: Mlp, steps: MlpSteps, models: MlpModels, blocks: Sequence[Tensor | None], momenta: Sequence[Tensor | None] | None
+) -> None:
+    """The same for `ops.MlpRetrain`."""
+    K, N, R = len(models.joins), len(models.offsets) - 1, len(models.removed)
+    _check_tensors(
+        ("joins", models.joins, torch.int64, (K,)),
+        ("removed", models.removed, torch.int64, (R,)),
+        ("models.offsets", models.offsets, torch.int64, (N + 1,)),
+    )
+    _check_range("removed", models.removed, K)
+    if int(models.offsets[0]) != 0 or int(models.offsets[-1]) != R or bool((models.offsets.diff() < 0).any()):
+        raise ValueError(f"models.offsets must rise from 0 to the number of removed, {R}")
+    if bool((models.joins.diff() < 0).any()):
+        raise ValueError("joins must rise: models are sorted by their first step")
+    _check_steps(net, steps, blocks, momenta, K, N)
+
+
+def check_loss_changes(
+    net: Mlp, theta: Tensor, x: Tensor, targets: Tensor, coefficients: Tensor, blocks: Sequence[Tensor | None], changes: Tensor
+) -> None:
+    """The same for `ops.mlp_loss_changes`."""
+    check_data(net, theta[None], x, targets, coefficients, torch.arange(len(x)))
+    _check_tensors(
+        ("changes", changes, torch.float64, (len(changes),)), *_blocks(net, "blocks", blocks, len(changes), theta.dtype)
+    )
+
+
+def _check_steps(
+    net: Mlp,
+    steps: MlpSteps,
+    blocks: Sequence[Tensor | None],
+    momenta: Sequence[Tensor | None] | None,
+    K: int,
+    N: int,
+) -> None:
+    n, B = len(steps.theta), len(steps.rows)
     check_data(net, steps.theta, steps.x, steps.targets, steps.coefficients, steps.rows)
     _check_tensors(
         ("ids", steps.ids, torch.int64, (B,)),
         ("offsets", steps.offsets, torch.int64, (n + 1,)),
         ("settings", steps.settings, torch.float64, (n, 2 * len(net.layers), len(SETTINGS))),
-        ("scores", scores, torch.float64, (K, scores.shape[1])),
         *_blocks(net, "blocks", blocks, K, steps.theta.dtype),
         *(_blocks(net, "momenta", momenta, K, steps.theta.dtype) if momenta is not None else ()),
     )
-    _check_range("ids", steps.ids, scores.shape[1])
+    _check_range("ids", steps.ids, N)
     if int(steps.offsets[0]) != 0 or int(steps.offsets[-1]) != B or bool((steps.offsets.diff() < 0).any()):
         raise ValueError(f"offsets must rise from 0 to the number of rows, {B}")
     if momenta is None and bool(steps.settings[..., SETTINGS.index("momentum")].any()):

@@ -34,19 +34,28 @@ LINE = 8
 
 @dataclass(frozen=True)
 class Native:
-    """What `sweep` needs to know: the net, the curvature, and the data as rows [N, I] and targets where they fit in place."""
+    """What was recognised: the net, and the data as rows [N, I] and targets where they fit in place."""
 
     recognized: Recognized
-    hessian: Hessian
     data: tuple[Tensor, Tensor] | None
 
 
 def prepare(ev: Evaluator, hessian: Hessian) -> Native:
     """The compiled path of this problem, proved on the first batch of the log; NotCompiled says why there is none."""
-    if ev.device.type != "cpu":
-        raise NotCompiled(f"it runs on the CPU, not on {ev.device}")
     if hessian not in mlp.CURVATURES:
         raise NotCompiled(f"hessian={hessian!r} is not compiled")
+    native, params, batch = read(ev)
+    _compare(ev, native, params, batch, hessian)
+    return native
+
+
+def read(ev: Evaluator) -> tuple[Native, Params, Batch]:
+    """The net of this problem, not proved yet, with a few samples to prove it on and the parameters before them.
+
+    NotCompiled where the device, the optimizer, the log or the net is none of those that are compiled.
+    """
+    if ev.device.type != "cpu":
+        raise NotCompiled(f"it runs on the CPU, not on {ev.device}")
     rules = ev.trajectory.optimizer
     if not all(type(rule) is SGD for rule in rules):
         raise NotCompiled(f"{rules[0].kind} is not compiled")
@@ -63,15 +72,14 @@ def prepare(ev: Evaluator, hessian: Hessian) -> Native:
     size = min(COMPARED_SAMPLES, step.micro_sizes[0])
     params, batch = ev.params(0), ev.batch(0, step.ids[:size], step.coefficients[:size])
     recognized = recognize(ev, params, batch)
-    native = Native(recognized, hessian, _whole_data(ev, recognized))
-    _compare(ev, native, params, batch)
-    return native
+    return Native(recognized, _whole_data(ev, recognized)), params, batch
 
 
 def sweep(
     ev: Evaluator,
     columns: Sequence[Column],
     native: Native,
+    hessian: Hessian,
     query_gradients: QueryGradients,
     num_samples: int,
     progress: Callable[..., object],
@@ -82,14 +90,14 @@ def sweep(
     """
     capacity = _padded(native, len(columns), 2 * LINE)  # rows of the first layer's block then begin on cache lines
     scores = torch.zeros(capacity, num_samples, dtype=torch.float64)
-    blocks = _blocks(ev, native, capacity)
+    blocks = make_blocks(ev, native, capacity)
     momenta = None
     if any(getattr(rule, "momentum", 0) for rule in ev.trajectory.optimizer):
-        momenta = _blocks(ev, native, capacity)
+        momenta = make_blocks(ev, native, capacity)
     views = {name: block.unbind(0) for name, block in blocks.items()}
     ends = sorted({t for column in columns for t in (column.start, column.stop) if t} | {0})
     t = columns[0].stop
-    active, flops = 0, _flops_per_column(ev, native)
+    active, flops = 0, flops_per_column(ev, native)
     loaded = range(t, t)
     engine: ops.MlpSweep | None = None
     while t > 0:
@@ -98,8 +106,8 @@ def sweep(
             _join_and_leave(t, columns, views, query_gradients(t))
             active = sum(column.stop >= t for column in columns)
         if t <= loaded.start or engine is None:
-            loaded = range(_slice_start(ev, native, t), t)
-            engine = _engine(ev, native, loaded, blocks, momenta, scores)
+            loaded = range(max(0, t - steps_per_slice(ev, native, t - 1)), t)
+            engine = _engine(ev, native, hessian, loaded, blocks, momenta, scores)
         start = max(ends[-1], loaded.start, t - max(1, int(CALL_FLOPS / (flops * active))))
         bad = engine.run(start - loaded.start, t - loaded.start, _padded(native, active))
         if bad is not None:
@@ -163,36 +171,44 @@ def _padded(native: Native, num_columns: int, line: int = LINE) -> int:
     return -(-num_columns * outputs // line) * line // outputs
 
 
-def _blocks(ev: Evaluator, native: Native, num_columns: int) -> Params:
+def make_blocks(ev: Evaluator, native: Native, num_columns: int) -> Params:
+    """A zero block [K, *shape] for each parameter."""
     first = native.recognized.parameters[0]
     return {name: mlp.mlp_block(num_columns, shape, ev.dtype, name == first) for name, shape in ev.shapes.items()}
 
 
-def _flops_per_column(ev: Evaluator, native: Native) -> float:
+def flops_per_column(ev: Evaluator, native: Native) -> float:
     """Of one step and column, for a batch of the size of the first: 6F, F = 2·B·ΣIO."""
     return 12.0 * len(ev.trajectory.batch_ids(0)) * sum(la.inputs * la.outputs for la in native.recognized.net.layers)
 
 
-def _slice_start(ev: Evaluator, native: Native, stop: int) -> int:
-    """The first of the steps before `stop` that are handed over together."""
+def steps_per_slice(ev: Evaluator, native: Native, t: int) -> int:
+    """How many steps such as t are handed over together."""
     numbers = ev.num_parameters
     if native.data is None:
-        numbers += len(ev.trajectory.batch_ids(stop - 1)) * native.recognized.net.layers[0].inputs
-    return max(0, stop - max(1, SLICE_NUMBERS // numbers))
+        numbers += len(ev.trajectory.batch_ids(t)) * native.recognized.net.layers[0].inputs
+    return max(1, SLICE_NUMBERS // numbers)
 
 
 def _engine(
-    ev: Evaluator, native: Native, loaded: range, blocks: Params, momenta: Params | None, scores: Tensor
+    ev: Evaluator,
+    native: Native,
+    hessian: Hessian,
+    loaded: range,
+    blocks: Params,
+    momenta: Params | None,
+    scores: Tensor,
 ) -> ops.MlpSweep:
     names = native.recognized.parameters
     own = [None if name is None else blocks[name] for name in names]
     own_momenta = None if momenta is None else [None if name is None else momenta[name] for name in names]
-    steps = _steps(ev, native, loaded)
+    steps = load_steps(ev, native, loaded)
     net = native.recognized.net
-    return ops.MlpSweep(net, steps, own, own_momenta, scores, l2=ev.l2, hessian=native.hessian)
+    return ops.MlpSweep(net, steps, own, own_momenta, scores, l2=ev.l2, hessian=hessian)
 
 
-def _steps(ev: Evaluator, native: Native, loaded: range) -> mlp.MlpSteps:
+def load_steps(ev: Evaluator, native: Native, loaded: range) -> mlp.MlpSteps:
+    """The steps `loaded` of the log as the ops take them; NotCompiled where they hold what is not compiled."""
     logged = ev.trajectory.steps(loaded.start, loaded.stop)
     theta = ev.trajectory.rows(loaded.start, loaded.stop).to(ev.dtype)
     if not torch.isfinite(theta.sum(1)).all():  # a sum may overflow itself: the exact check is the evaluator's
@@ -261,16 +277,12 @@ def _whole_data(ev: Evaluator, recognized: Recognized) -> tuple[Tensor, Tensor] 
     return recognized.inputs(x.to(ev.dtype)), recognized.targets(target, ev.dtype)
 
 
-def _compare(ev: Evaluator, native: Native, params: Params, batch: Batch) -> None:
-    """NotCompiled where dots or Hessian products of a batch differ from those of the generic path."""
-    generator = torch.Generator().manual_seed(0)
-    probe = {n: torch.randn(2, *v.shape, generator=generator, dtype=torch.float64).to(v.dtype) for n, v in params.items()}
-    dots, hvp = linearize(ev, params, batch, native.hessian)[1](probe)
+def one_step(ev: Evaluator, native: Native, params: Params, batch: Batch, lr: float) -> mlp.MlpSteps:
+    """A step of plain SGD on a batch, whose samples are numbered as they stand in it."""
     size, recognized = len(batch.ids), native.recognized
-    # lr = −1 makes c = u, coefficients enter the scores as −a_b
     settings = torch.zeros(1, len(recognized.parameters), len(mlp.SETTINGS), dtype=torch.float64)
-    settings[..., 0] = -1
-    steps = mlp.MlpSteps(
+    settings[..., 0] = lr
+    return mlp.MlpSteps(
         torch.cat([value.flatten() for value in params.values()])[None],
         recognized.inputs(batch.args[0]),
         recognized.targets(batch.target, ev.dtype),
@@ -280,12 +292,22 @@ def _compare(ev: Evaluator, native: Native, params: Params, batch: Batch) -> Non
         torch.tensor([0, size]),
         settings,
     )
-    blocks = _blocks(ev, native, 2)
+
+
+def _compare(ev: Evaluator, native: Native, params: Params, batch: Batch, hessian: Hessian) -> None:
+    """NotCompiled where dots or Hessian products of a batch differ from those of the generic path."""
+    generator = torch.Generator().manual_seed(0)
+    probe = {n: torch.randn(2, *v.shape, generator=generator, dtype=torch.float64).to(v.dtype) for n, v in params.items()}
+    dots, hvp = linearize(ev, params, batch, hessian)[1](probe)
+    size, recognized = len(batch.ids), native.recognized
+    # lr = −1 makes c = u, coefficients enter the scores as −a_b
+    steps = one_step(ev, native, params, batch, lr=-1.0)
+    blocks = make_blocks(ev, native, 2)
     for name, value in probe.items():
         blocks[name].copy_(value)
     scores = torch.zeros(2, size, dtype=torch.float64)
     own = [None if name is None else blocks[name] for name in recognized.parameters]
-    ops.MlpSweep(recognized.net, steps, own, None, scores, l2=ev.l2, hessian=native.hessian).run(0, 1, 2)
+    ops.MlpSweep(recognized.net, steps, own, None, scores, l2=ev.l2, hessian=hessian).run(0, 1, 2)
     pairs = [(scores, -dots * batch.coefficients.double(), 0.0)]
     largest = max(float(value.abs().max()) for value in hvp.values())
     rounding = 4 * torch.finfo(ev.dtype).eps

@@ -13,12 +13,26 @@ import torch
 from torch import Tensor
 
 import dit_fast._C as _C
-from dit_fast.mlp import ACTIVATIONS, CURVATURES, LOSSES, Mlp, MlpSteps, check_data, check_sweep
+from dit_fast.mlp import (
+    ACTIVATIONS,
+    CURVATURES,
+    LOSSES,
+    Mlp,
+    MlpModels,
+    MlpSteps,
+    check_data,
+    check_loss_changes,
+    check_retrain,
+    check_sweep,
+)
 
 Operand = tuple[int, tuple[int, int]]
 
 _DTYPES = (torch.float32, torch.float64)
 _NO_OPERAND: Operand = (0, (0, 0))
+
+# samples of `mlp_loss_changes` that go through the net at a time
+_LOSS_ROWS = 64
 
 
 def grad_dot(dots: Tensor, delta: Tensor, activations: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -125,9 +139,7 @@ class MlpSweep:
         self._steps, self._kept = steps, (blocks, momenta, scores)
         self._twice = steps.theta.dtype == torch.float64
         self._model = (specs, kinds, net.loss_scale, l2)
-        self._x = (steps.x.data_ptr(), steps.x.stride(0)), steps.targets.data_ptr()
-        self._blocks = [0 if block is None else block.data_ptr() for block in blocks]
-        self._momenta = [0 if block is None else block.data_ptr() for block in momenta or ()]
+        self._blocks, self._momenta = _addresses(blocks), _addresses(momenta or ())
         self._scores = (scores.data_ptr(), scores.stride(0))
 
     def run(self, start: int, stop: int, num_columns: int) -> int | None:
@@ -135,31 +147,110 @@ class MlpSweep:
         steps = self._steps
         if not (0 <= start <= stop <= len(steps.theta) and 0 <= num_columns <= len(self._kept[2])):
             raise ValueError(f"steps {start}..{stop} of {len(steps.theta)} or {num_columns} columns are out of range")
-        theta = (steps.theta.data_ptr() + start * steps.theta.stride(0) * steps.theta.element_size(), steps.theta.stride(0))
-        log = [
-            steps.rows.data_ptr(),
-            steps.ids.data_ptr(),
-            steps.coefficients.data_ptr(),
-            steps.offsets.data_ptr() + 8 * start,
-            steps.settings.data_ptr() + 8 * start * steps.settings.stride(0),
-        ]
-        specs, kinds, scale, l2 = self._model
         bad = _C.mlp_sweep_cpu(
             self._twice,
-            specs,
-            kinds,
-            scale,
-            l2,
+            *self._model,
             (num_columns, len(self._kept[2]), stop - start),
-            theta,
-            *self._x,
-            log,
+            *_logged(steps, start),
             self._blocks,
             self._momenta,
             self._scores,
             torch.get_num_threads(),
         )
         return None if bad < 0 else start + int(bad)
+
+
+class MlpRetrain:
+    """Steps of training without some samples, all models in one call; checked when made (csrc/mlp_retrain.h).
+
+    For every model j and step t, first to last, d_j = θ_{−j} − θ[t] by the optimizer's rule from the difference of gradients
+
+        g_j = Σ_{b not removed} a_b ∇ℓ_b(θ[t] + d_j) − Σ_b a_b ∇ℓ_b(θ[t])
+
+    Args:
+        net, steps, l2: as in `MlpSweep`.
+        models: the K models' removed samples, and when each joins.
+        blocks: d, as the blocks of `MlpSweep`, K = C models; updated in place.
+        momenta: the differences of the momentum buffers; None where no step has momentum.
+
+    Raises:
+        TypeError, ValueError: as `MlpSweep`.
+    """
+
+    def __init__(
+        self,
+        net: Mlp,
+        steps: MlpSteps,
+        models: MlpModels,
+        blocks: Sequence[Tensor | None],
+        momenta: Sequence[Tensor | None] | None,
+        *,
+        l2: float = 0.0,
+    ) -> None:
+        check_retrain(net, steps, models, blocks, momenta)
+        self._steps, self._models, self._kept = steps, models, (blocks, momenta)
+        self._twice = steps.theta.dtype == torch.float64
+        self._model = (*_mlp_specs(net, "none"), net.loss_scale, l2)
+        self._blocks, self._momenta = _addresses(blocks), _addresses(momenta or ())
+
+    def run(self, start: int, stop: int) -> None:
+        """Steps start … stop − 1."""
+        steps, models = self._steps, self._models
+        if not 0 <= start <= stop <= len(steps.theta):
+            raise ValueError(f"steps {start}..{stop} of {len(steps.theta)} are out of range")
+        joins = models.joins - start
+        _C.mlp_retrain_cpu(
+            self._twice,
+            *self._model,
+            (len(joins), len(joins), stop - start),
+            *_logged(steps, start),
+            self._blocks,
+            self._momenta,
+            [joins.data_ptr(), models.offsets.data_ptr(), models.removed.data_ptr()],
+            torch.get_num_threads(),
+        )
+
+
+def mlp_loss_changes(
+    net: Mlp,
+    theta: Tensor,
+    x: Tensor,
+    targets: Tensor,
+    coefficients: Tensor,
+    blocks: Sequence[Tensor | None],
+    changes: Tensor,
+) -> None:
+    """How a weighted loss differs at K models θ + d_j from that at θ, added to `changes`; the l2 part is not in it.
+
+        changes[j] += Σ_b a_b (ℓ_b(θ + d_j) − ℓ_b(θ))
+
+    Args:
+        theta: θ [P].
+        x, targets, coefficients: the batch, as in `mlp_gradient`.
+        blocks: d, as in `MlpRetrain`.
+        changes: [K] float64, accumulated into; the losses are of theta's dtype.
+
+    Raises:
+        TypeError, ValueError: as `MlpSweep`.
+    """
+    check_loss_changes(net, theta, x, targets, coefficients, blocks, changes)
+    rows, none = torch.arange(len(x)), torch.zeros(0, dtype=torch.float64)
+    # a row of theta that is its own neighbour serves pieces of the batch as so many steps
+    offsets = torch.tensor([*range(0, len(x), _LOSS_ROWS), len(x)])
+    _C.mlp_loss_changes_cpu(
+        theta.dtype == torch.float64,
+        *_mlp_specs(net, "none"),
+        net.loss_scale,
+        (len(changes), len(changes), len(offsets) - 1),
+        (theta.data_ptr(), 0),
+        (x.data_ptr(), x.stride(0)),
+        targets.data_ptr(),
+        [rows.data_ptr(), 0, coefficients.data_ptr(), offsets.data_ptr(), none.data_ptr()],
+        _addresses(blocks),
+        changes.data_ptr(),
+        torch.get_num_threads(),
+    )
+    torch.autograd.graph.increment_version(changes)
 
 
 def mlp_gradient(net: Mlp, theta: Tensor, x: Tensor, targets: Tensor, coefficients: Tensor, gradients: Tensor) -> None:
@@ -226,6 +317,23 @@ def _mlp_specs(net: Mlp, hessian: str) -> tuple[list[Any], tuple[int, int]]:
         for la in net.layers
     ]
     return specs, (LOSSES.index(net.loss), CURVATURES.index(hessian))
+
+
+def _addresses(blocks: Sequence[Tensor | None]) -> list[int]:
+    return [0 if block is None else block.data_ptr() for block in blocks]
+
+
+def _logged(steps: MlpSteps, start: int) -> tuple[Any, ...]:
+    """theta, x, targets and the log from step `start` on, as the core takes them."""
+    theta = (steps.theta.data_ptr() + start * steps.theta.stride(0) * steps.theta.element_size(), steps.theta.stride(0))
+    log = [
+        steps.rows.data_ptr(),
+        steps.ids.data_ptr(),
+        steps.coefficients.data_ptr(),
+        steps.offsets.data_ptr() + 8 * start,
+        steps.settings.data_ptr() + 8 * start * steps.settings.stride(0),
+    ]
+    return theta, (steps.x.data_ptr(), steps.x.stride(0)), steps.targets.data_ptr(), log
 
 
 def _sizes(delta: Tensor, activations: Tensor, weight: Tensor) -> tuple[int, int, int, int, int]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 from torch.nn import functional as F
 
-from dit_fast.mlp import SETTINGS, Mlp, MlpSteps
+from dit_fast.mlp import SETTINGS, Mlp, MlpModels, MlpSteps
 
 
 def grad_dot(dots: Tensor, delta: Tensor, activations: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -69,6 +69,88 @@ def mlp_gradient(net: Mlp, theta: Tensor, x: Tensor, targets: Tensor, coefficien
         gradients[t] += grad(total)(theta[t])
 
 
+def mlp_loss_changes(
+    net: Mlp,
+    theta: Tensor,
+    x: Tensor,
+    targets: Tensor,
+    coefficients: Tensor,
+    blocks: Sequence[Tensor | None],
+    changes: Tensor,
+) -> None:
+    """changes[j] += Σ_b a_b (ℓ_b(θ + d_j) − ℓ_b(θ)), model by model; arguments and errors: dit_fast.ops.mlp_loss_changes."""
+
+    def total(point: Tensor) -> Tensor:
+        losses = net.loss_scale * _LOSSES[net.loss](_mlp_output(net, point, x), targets)
+        return (coefficients * losses.double()).sum()
+
+    for j in range(len(changes)):
+        d = torch.zeros_like(theta)
+        for place, block, _ in _places(net, blocks):
+            d[place] = block[j].flatten()
+        changes[j] += total(theta + d) - total(theta)
+
+
+class MlpRetrain:
+    """The steps of dit_fast.ops.MlpRetrain, same arguments and results, one step and model at a time by autograd."""
+
+    def __init__(
+        self,
+        net: Mlp,
+        steps: MlpSteps,
+        models: MlpModels,
+        blocks: Sequence[Tensor | None],
+        momenta: Sequence[Tensor | None] | None,
+        *,
+        l2: float = 0.0,
+    ) -> None:
+        self.net, self.steps, self.models, self.blocks, self.momenta, self.l2 = net, steps, models, blocks, momenta, l2
+
+    def run(self, start: int, stop: int) -> None:
+        """Steps start … stop − 1."""
+        s, models = self.steps, self.models
+        sample_of = torch.repeat_interleave(torch.arange(len(models.offsets) - 1), models.offsets.diff())
+        for t in range(start, stop):
+            batch = slice(int(s.offsets[t]), int(s.offsets[t + 1]))
+            for j in range(len(models.joins)):
+                if models.joins[j] > t:
+                    continue
+                d = torch.zeros_like(s.theta[t])
+                for place, block, _ in _places(self.net, self.blocks):
+                    d[place] = block[j].flatten()
+                kept = ~torch.isin(s.ids[batch], sample_of[models.removed == j])
+                theirs = self._gradient(s.theta[t] + d, batch, s.coefficients[batch] * kept)
+                change = theirs - self._gradient(s.theta[t], batch, s.coefficients[batch])
+                for place, block, i in _places(self.net, self.blocks):
+                    self._advance(block, i, j, t, change[place].view_as(block[j]))
+
+    def _gradient(self, theta: Tensor, batch: slice, a: Tensor) -> Tensor:
+        x, target, a = self.steps.x[self.steps.rows[batch]], self.steps.targets[self.steps.rows[batch]], a.to(theta.dtype)
+
+        def total(point: Tensor) -> Tensor:
+            return (a * self.net.loss_scale * _LOSSES[self.net.loss](_mlp_output(self.net, point, x), target)).sum()
+
+        return grad(total)(theta) + self.l2 * a.sum() * theta
+
+    def _advance(self, block: Tensor, i: int, j: int, t: int, g: Tensor) -> None:
+        lr, wd, momentum, dampening, nesterov, first = self.steps.settings[t, i].tolist()
+        g = g + wd * block[j]
+        if momentum:
+            assert self.momenta is not None
+            m = self.momenta[i]
+            assert m is not None
+            m[j] = momentum * m[j] + (1 if first else 1 - dampening) * g
+            g = g + momentum * m[j] if nesterov else m[j]
+        block[j] -= lr * g
+
+
+def _places(net: Mlp, blocks: Sequence[Tensor | None]) -> list[tuple[slice, Tensor, int]]:
+    """Of each parameter: where it stands in θ, its block, and its number."""
+    starts = [at for layer in net.layers for at in (layer.weight, layer.bias)]
+    pairs = [(at, block, i) for i, (at, block) in enumerate(zip(starts, blocks, strict=True))]
+    return [(slice(at, at + p[0].numel()), p, i) for at, p, i in pairs if at is not None and p is not None]
+
+
 class MlpSweep:
     """The adjoint steps of dit_fast.ops.MlpSweep, same arguments and results, one step and column at a time by autograd."""
 
@@ -94,20 +176,15 @@ class MlpSweep:
             x, target, a = s.x[s.rows[batch]], s.targets[s.rows[batch]], s.coefficients[batch]
             for k in range(num_columns):
                 c = torch.zeros_like(s.theta[t])
-                for place, _, i in self._places():
+                for place, _, i in _places(self.net, self.blocks):
                     c[place] = self._cotangent(i, k, t).flatten()
                 dots, hvp = self._pull(s.theta[t], c, x, target, a.to(c.dtype))
                 if not torch.isfinite(dots).all():
                     return t
                 self.scores[k].index_add_(0, s.ids[batch], a * dots.double(), alpha=-1)
-                for place, p, _ in self._places():
+                for place, p, _ in _places(self.net, self.blocks):
                     p[k] += hvp[place].view_as(p[k])
         return None
-
-    def _places(self) -> list[tuple[slice, Tensor, int]]:
-        starts = [at for layer in self.net.layers for at in (layer.weight, layer.bias)]
-        pairs = [(at, block, i) for i, (at, block) in enumerate(zip(starts, self.blocks, strict=True))]
-        return [(slice(at, at + p[0].numel()), p, i) for at, p, i in pairs if at is not None and p is not None]
 
     def _cotangent(self, i: int, k: int, t: int) -> Tensor:
         """c of one parameter; its u takes the weight decay, its m the rule's."""

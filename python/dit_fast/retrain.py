@@ -6,25 +6,30 @@ losses were subtracted at the end would lose two digits more (design §1).
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_fast import plan, queries
+from dit_fast import native_retrain, plan, queries
 from dit_fast.byte_sizes import format_bytes
 from dit_fast.data import as_ids
 from dit_fast.guard import check_problem
+from dit_fast.native import Native
 from dit_fast.problem import Batch, Evaluator, Params, Problem
 from dit_fast.progress import progress_bar
 from dit_fast.queries import Query
+from dit_fast.recognize import NotCompiled
 from dit_fast.replay import Point, Replay
 from dit_fast.result import Influence
 from dit_fast.trajectory import Trajectory
 
 # more models at once than this are no faster: their blocks no longer stay in cache (`bench/bench_retrain.py`)
 MODELS_AT_ONCE = 256
+
+BACKENDS = ("auto", "generic", "native")
 
 
 def leave_one_out(
@@ -35,6 +40,7 @@ def leave_one_out(
     *,
     sample_ids: Any = None,
     groups: Sequence[Any] | None = None,
+    backend: str = "auto",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     memory_budget: int | float | str | None = None,
@@ -48,9 +54,13 @@ def leave_one_out(
 
     sample_ids: the samples left out, one model each; None = all. groups: lists of ids left out together, one model each;
         result.groups then names them and the sample axis counts them.
+    backend: "native" for feed-forward nets trained by SGD, compiled, on the CPU; "generic" for any; "auto" = the first that
+        fits. `meta["why"]` says why.
     The other arguments, the errors and the result are those of `score`. Optimizer, clipping and dropout's masks are the run's.
     """
     began = time.perf_counter()
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(map(repr, BACKENDS))}")
     ev = Evaluator.create(problem, trajectory, device, dtype)
     spans = trajectory.windows(windows)
     asked = queries.as_list(query)
@@ -62,7 +72,7 @@ def leave_one_out(
         if check:
             check_problem(ev, ends[-1], Replay(ev, True, int(plan.REPLAY_SHARE * budget)))
         sizes = queries.sizes(ev, asked)
-        changes, meta = _changes(ev, asked, sum(sizes), removed, ends, replay, budget, show_progress)
+        changes, meta = _changes(ev, asked, sizes, removed, ends, backend, replay, budget, show_progress)
     changes[0] = torch.zeros(sum(sizes), len(removed), dtype=torch.float64)
     return Influence(
         scores=torch.stack([changes[window.stop] - changes[window.start] for window in spans]),
@@ -86,45 +96,96 @@ def _removed(ev: Evaluator, sample_ids: Any, groups: Sequence[Any] | None) -> li
 def _changes(
     ev: Evaluator,
     asked: list[Query],
-    num_queries: int,
+    sizes: list[int],
     removed: list[Tensor],
     ends: list[int],
+    backend: str,
     replay: Replay,
     budget: int,
     show_progress: bool | None,
 ) -> tuple[dict[int, Tensor], dict[str, Any]]:
     """Δ(t) [Q, n] float64 on the CPU for every end t."""
-    changes = {t: torch.zeros(num_queries, len(removed), dtype=torch.float64) for t in ends}
+    changes = {t: torch.zeros(sum(sizes), len(removed), dtype=torch.float64) for t in ends}
     first = _first_visits(ev, removed, ends[-1])
     # a model whose samples were never visited has changed nothing, exactly
     order = sorted((j for j in range(len(removed)) if first[j] < ends[-1]), key=lambda j: first[j])
     if not order:
         return changes, {"models": 0}
-    exact = Evaluator(ev.problem, ev.trajectory, ev.device, torch.float64)
-    mapper, num_blocks = _Mapper(ev.trajectory.rng is None), 1 + len(ev.trajectory.slots)
+    mapper = _Mapper(ev.trajectory.rng is None)
+    compiled, why = choose_backend(ev, backend, mapper)
     size = models_at_once(ev, budget)
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    exact = Evaluator(ev.problem, ev.trajectory, ev.device, torch.float64)
+    generic_query: native_retrain.QueryChanges = partial(_query_changes, exact, mapper)
+    ask = [generic_query] * len(asked)
+    if compiled is not None:
+        theta = {name: value.double() for name, value in ev.params(ends[0]).items()}
+        ask = [native_retrain.query_changes(exact, compiled, query, theta, generic_query) for query in asked]
     with progress_bar(len(chunks) * ends[-1], "retraining", show_progress) as bar:
         for chunk in chunks:
-            block = {
-                name: [torch.zeros(len(chunk), *shape, dtype=ev.dtype, device=ev.device) for _ in range(num_blocks)]
-                for name, shape in ev.shapes.items()
-            }
-            joined = 0
-            for t in range(ends[-1]):
-                # models join when their first sample is about to be visited: before, d_j = 0
-                active = sum(first[j] <= t for j in chunk)
-                if active:
-                    point = replay.at(t)
-                    _join(ev, point, block, slice(joined, active))
-                    joined = active
-                    advancing = {name: [value[:active] for value in blocks] for name, blocks in block.items()}
-                    _advance(ev, t, point, advancing, [removed[j] for j in chunk[:active]], mapper)
-                if t + 1 in changes:
-                    shifts = {name: blocks[0] for name, blocks in block.items()}
-                    changes[t + 1][:, chunk] = _query_changes(exact, replay.params(t + 1), asked, shifts, mapper).cpu()
-                bar.update()
-    return changes, {"models": len(order), "vmapped": mapper.vmapped, "models_at_once": size}
+            arguments = ([removed[j] for j in chunk], [first[j] for j in chunk], ends, bar.update)
+
+            def fill(advanced: Iterator[tuple[int, Params]], chunk: list[int] = chunk) -> None:
+                for t, shifts in advanced:
+                    params = replay.params(t)
+                    found = torch.cat([fn(params, query, shifts) for fn, query in zip(ask, asked, strict=True)]).cpu()
+                    found[:, [first[j] >= t for j in chunk]] = 0
+                    changes[t][:, chunk] = found
+
+            if compiled is not None:
+                try:
+                    fill(native_retrain.advance(ev, compiled, *arguments))
+                    continue
+                except NotCompiled as reason:  # something on the way was not as the first batch showed it
+                    if backend == "native":
+                        raise ValueError(f"backend='native' cannot be used: {reason}") from reason
+                    compiled, why = None, f"not native: {reason}"
+            fill(_generic(ev, replay, mapper, *arguments))
+    meta = {"models": len(order), "models_at_once": size, "backend": "native" if compiled else "generic", "why": why}
+    return changes, meta if compiled else meta | {"vmapped": mapper.vmapped}
+
+
+def choose_backend(ev: Evaluator, backend: str, mapper: "_Mapper") -> tuple[Native | None, str]:
+    """The compiled path, None for the generic one, and why."""
+    if backend == "generic":
+        return None, "backend='generic' was asked for"
+    try:
+        compiled = native_retrain.prepare(ev, lambda batch, models, removed: _gradients(ev, [batch], models, removed, mapper))
+    except NotCompiled as reason:
+        if backend == "native":
+            raise ValueError(f"backend='native' cannot be used: {reason}") from reason
+        return None, f"not native: {reason}"
+    return compiled, f"compiled: {compiled.recognized.description}; agrees with the generic path on the first batch"
+
+
+def _generic(
+    ev: Evaluator,
+    replay: Replay,
+    mapper: "_Mapper",
+    removed: list[Tensor],
+    first: list[int],
+    ends: list[int],
+    progress: Callable[..., object],
+) -> Iterator[tuple[int, Params]]:
+    """(t, d [n, *shape]) at every end t, as `native_retrain.advance` gives them."""
+    num_blocks = 1 + len(ev.trajectory.slots)
+    block = {
+        name: [torch.zeros(len(removed), *shape, dtype=ev.dtype, device=ev.device) for _ in range(num_blocks)]
+        for name, shape in ev.shapes.items()
+    }
+    joined = 0
+    for t in range(ends[-1]):
+        # models join when their first sample is about to be visited: before, d_j = 0
+        active = sum(visit <= t for visit in first)
+        if active:
+            point = replay.at(t)
+            _join(ev, point, block, slice(joined, active))
+            joined = active
+            advancing = {name: [value[:active] for value in blocks] for name, blocks in block.items()}
+            _advance(ev, t, point, advancing, removed[:active], mapper)
+        if t + 1 in ends:
+            yield t + 1, {name: blocks[0] for name, blocks in block.items()}
+        progress()
 
 
 def _advance(
@@ -137,7 +198,8 @@ def _advance(
     trajectory = ev.trajectory
     # row 0 is the logged model itself, so that its gradient comes out of the same call
     models = {name: torch.cat([value[None], value + block[name][0]]) for name, value in point.params.items()}
-    gradient = trajectory.clip.forward(_gradients(ev, t, models, removed, mapper), stacked=True)
+    nobody = removed[0][:0]
+    gradient = trajectory.clip.forward(_gradients(ev, ev.batches(t), models, [nobody, *removed], mapper), stacked=True)
     settings, groups, absent = trajectory.settings(t), trajectory.groups, trajectory.absent(t)
     for name, blocks in block.items():
         if name in absent:
@@ -163,11 +225,11 @@ def _join(ev: Evaluator, point: Point, block: dict[str, list[Tensor]], rows: sli
             value[rows] = slot
 
 
-def _gradients(ev: Evaluator, t: int, models: Params, removed: list[Tensor], mapper: "_Mapper") -> Params:
-    """The batch gradients [1+n, *shape] of the logged model and of those without their samples."""
+def _gradients(ev: Evaluator, batches: list[Batch], models: Params, removed: Sequence[Tensor], mapper: "_Mapper") -> Params:
+    """The gradients [n, *shape] of a step's batches for n models, each without its samples."""
     total = {name: torch.zeros_like(value) for name, value in models.items()}
-    for batch in ev.batches(t):
-        weights = torch.cat([torch.ones(1, len(batch.ids)), torch.stack([~torch.isin(batch.ids, ids) for ids in removed])])
+    for batch in batches:
+        weights = torch.stack([~torch.isin(batch.ids, ids) for ids in removed])
         weights = weights.to(ev.device, ev.dtype) * batch.coefficients
 
         def gradient(model: Params, weight: Tensor, batch: Batch = batch) -> Params:
@@ -186,14 +248,14 @@ def _gradients(ev: Evaluator, t: int, models: Params, removed: list[Tensor], map
     return total
 
 
-def _query_changes(ev: Evaluator, params: Params, asked: list[Query], block: Params, mapper: "_Mapper") -> Tensor:
+def _query_changes(ev: Evaluator, mapper: "_Mapper", params: Params, query: Query, block: Params) -> Tensor:
     """query(θ + d_j) − query(θ) [Q, n] in float64, θ = `params`."""
     with ev.session(), torch.no_grad(), ev.eval_mode():
         params = {name: value.double() for name, value in params.items()}
 
         def values(shift: Params) -> Tensor:
             point = {name: value + shift[name] for name, value in params.items()}
-            return torch.cat([queries.values(ev, point, query) for query in asked])
+            return queries.values(ev, point, query)
 
         moved = {name: torch.cat([torch.zeros_like(value[:1]), value]).double() for name, value in block.items()}
         results = mapper(values, moved)
@@ -232,7 +294,9 @@ def _first_visits(ev: Evaluator, removed: list[Tensor], last: int) -> list[int]:
     for t in reversed(range(last)):
         ids = ev.trajectory.batch_ids(t)
         first[ids[ids < len(first)]] = t
-    return [int(first[ids].min()) if len(ids) else last for ids in removed]
+    models = torch.repeat_interleave(torch.arange(len(removed)), torch.tensor([len(ids) for ids in removed], dtype=torch.int64))
+    visits = first[torch.cat([*removed, torch.zeros(0, dtype=torch.int64)])]
+    return torch.full((len(removed),), last).scatter_reduce(0, models, visits, "amin").tolist()
 
 
 def models_at_once(ev: Evaluator, budget: int) -> int:

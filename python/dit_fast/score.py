@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,7 @@ from dit_fast.trajectory import Trajectory, Window
 
 Sweep = Callable[[list[plan.Column], QueryGradients, Callable[..., object]], Tensor]
 
+METHODS = ("adjoint", "retrain", "auto")
 BACKENDS = ("auto", "generic", "native", "factors")
 
 
@@ -60,8 +62,8 @@ def score(
         l2 included: under plain SGD, TracIn at every step). "ggn" and "fisher" approximate the data's part only, that of l2
         stays exact.
     query_at: "endpoint" = q at each window end's own parameters; "final" = at the end of the run, as the official code does.
-    method: "adjoint", or "retrain" = every score by true retraining (`leave_one_out`), which has no use for hessian, backend
-        and refine.
+    method: "adjoint"; "retrain" = every score by true retraining (`leave_one_out`), which has no use for hessian and refine;
+        "auto" = the one of fewer FLOPs (`estimate_score`). `meta["why_method"]` says which they were.
     refine: this many samples per window and query, those of largest |score|, get their true score by retraining;
         `result.retrained` marks them.
     backend: "native" for feed-forward nets under SGD, compiled, on the CPU; "factors" for nets of linear layers with hessian
@@ -70,7 +72,7 @@ def score(
     dtype, device: of the computation; None = the widest dtype of the parameters, but float64 for Adam and AdamW, and the
         model's device.
     memory_budget: bytes or "2GiB"; columns that do not fit travel in several sweeps. None = 0.6 of what is free.
-    check: replay three steps first and refuse a problem that does not reproduce them (ValueError with the likely cause), and
+    check: replay a few steps first and refuse a problem that does not reproduce them (ValueError with the likely cause), and
         refuse a replayed segment that misses what is stored at its end (LogError).
     show_progress: None = a bar on a terminal once the work has taken two seconds.
 
@@ -79,17 +81,38 @@ def score(
     are left as they were.
     """
     began = time.perf_counter()
+    chosen_because: dict[str, Any] = {}
     check_options(hessian, query_at, method, backend, refine)
+    if method == "auto":
+        from dit_fast.estimate import choose_method
+
+        method, why = choose_method(
+            trajectory,
+            problem,
+            query,
+            windows,
+            sample_ids=sample_ids,
+            hessian=hessian,
+            query_at=query_at,
+            refine=refine,
+            backend=backend,
+            dtype=dtype,
+            device=device,
+            memory_budget=memory_budget,
+        )
+        chosen_because = {"why_method": why}
     if (method == "retrain" or refine) and query_at == "final":
         raise ValueError("query_at='final' cannot be retrained: retraining asks the query itself at each end of a window")
     retraining: dict[str, Any] = {
+        "backend": "auto" if backend == "factors" else backend,  # which retrains nothing
         "dtype": dtype,
         "device": device,
         "memory_budget": memory_budget,
         "show_progress": show_progress,
     }
     if method == "retrain":
-        return leave_one_out(trajectory, problem, query, windows, sample_ids=sample_ids, check=check, **retraining)
+        true = leave_one_out(trajectory, problem, query, windows, sample_ids=sample_ids, check=check, **retraining)
+        return replace(true, meta={**true.meta, **chosen_because, "seconds": time.perf_counter() - began})
     ev = Evaluator.create(problem, trajectory, device, dtype)
     spans = trajectory.windows(windows)
     ids = ev.select(sample_ids)
@@ -109,6 +132,7 @@ def score(
         sample_ids=ids,
         meta=ev.describe()
         | {"method": "adjoint", "hessian": hessian, "query_at": query_at}
+        | chosen_because
         | meta
         | {"seconds": time.perf_counter() - began},
     )
@@ -193,7 +217,7 @@ def choose_sweep(
             def run(columns: list[plan.Column], gradients: QueryGradients, progress: Callable[..., object]) -> Tensor:
                 points = sorted({t for column in columns for t in (column.start, column.stop) if t})
                 at = native.query_gradients(ev, compiled, asked, points, gradients)
-                return native.sweep(ev, columns, compiled, at, num_samples, progress)
+                return native.sweep(ev, columns, compiled, hessian, at, num_samples, progress)
 
             return run, {"backend": "native", "why": why}
     linearizer, meta = choose_linearizer(ev, hessian, backend, num_columns, budget)
@@ -231,7 +255,7 @@ def check_options(hessian: str, query_at: str, method: str, backend: str, refine
     for name, value, allowed in (
         ("hessian", hessian, HESSIANS),
         ("query_at", query_at, ("endpoint", "final")),
-        ("method", method, ("adjoint", "retrain")),
+        ("method", method, METHODS),
         ("backend", backend, BACKENDS),
     ):
         if value not in allowed:

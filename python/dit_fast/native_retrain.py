@@ -1,0 +1,135 @@
+"""Compiled retraining of feed-forward nets: many steps and all models in one call of `ops.MlpRetrain`."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dit_fast import mlp, native, ops
+from dit_fast.native import AGREEMENT, CALL_FLOPS, Native
+from dit_fast.problem import Batch, Evaluator, Params
+from dit_fast.queries import Query
+from dit_fast.recognize import NotCompiled
+
+# (batch, models [n, *shape], the samples each lacks) → batch gradients of the n models, by the generic path
+Gradients = Callable[[Batch, Params, Sequence[Tensor]], Params]
+# (θ, query, d [n, *shape]) → query(θ + d_j) − query(θ) [1, n]
+QueryChanges = Callable[[Params, Query, Params], Tensor]
+
+
+def prepare(ev: Evaluator, gradients: Gradients) -> Native:
+    """The compiled path of this problem, proved on the first batch of the log; NotCompiled says why there is none."""
+    compiled, params, batch = native.read(ev)
+    _compare(ev, compiled, params, batch, gradients)
+    return compiled
+
+
+def advance(
+    ev: Evaluator,
+    compiled: Native,
+    removed: Sequence[Tensor],
+    first: Sequence[int],
+    ends: Sequence[int],
+    progress: Callable[..., object],
+) -> Iterator[tuple[int, Params]]:
+    """(t, d [n, *shape]) at every end t, rising; d is overwritten afterwards. progress(n) is called after every n steps.
+
+    removed: the samples each model lacks; first: the step it differs in first, rising.
+    Raises NotCompiled where something on the way is not as the first batch showed it.
+    """
+    blocks = native.make_blocks(ev, compiled, len(removed))
+    momenta = None
+    if any(getattr(rule, "momentum", 0) for rule in ev.trajectory.optimizer):
+        momenta = native.make_blocks(ev, compiled, len(removed))
+    names, net = compiled.recognized.parameters, compiled.recognized.net
+    own, own_momenta = (None if b is None else [None if n is None else b[n] for n in names] for b in (blocks, momenta))
+    assert own is not None
+    models = mlp.mlp_models([0] * len(removed), removed, ev.num_samples)
+    joins = torch.tensor(first)
+    # forward, backward and the weights' gradient: half of what a column of the sweep takes
+    steps_per_call = max(1, int(CALL_FLOPS / (native.flops_per_column(ev, compiled) / 2 * len(removed))))
+    t, loaded = 0, range(0)
+    engine: ops.MlpRetrain | None = None
+    for end in ends:
+        while t < end:
+            if t >= loaded.stop or engine is None:
+                loaded = range(t, min(ends[-1], t + native.steps_per_slice(ev, compiled, t)))
+                steps = native.load_steps(ev, compiled, loaded)
+                own_models = mlp.MlpModels(joins - t, models.offsets, models.removed)
+                engine = ops.MlpRetrain(net, steps, own_models, own, own_momenta, l2=ev.l2)
+            stop = min(end, loaded.stop, t + steps_per_call)
+            engine.run(t - loaded.start, stop - loaded.start)
+            progress(stop - t)
+            t = stop
+        yield end, blocks
+
+
+def query_changes(ev: Evaluator, compiled: Native, query: Query, params: Params, generic: QueryChanges) -> QueryChanges:
+    """Compiled where the query is a loss over a set of samples, else `generic`.
+
+    ev: in float64. params: θ somewhere, where two models are compared with the generic path: queries run in eval mode, of
+    which the net was not read.
+    """
+    if query.batch is None:
+        return generic
+    net, names = compiled.recognized.net, compiled.recognized.parameters
+    args, kwargs, target = ev.unpack(query.batch)
+
+    def changes(params: Params, query: Query, shifts: Params) -> Tensor:
+        theta = torch.cat([params[name].double().flatten() for name in ev.shapes])
+        size = len(next(iter(shifts.values())))
+        blocks = [
+            None if name is None else mlp.mlp_block(size, ev.shapes[name], ev.dtype, i == 0).copy_(shifts[name])
+            for i, name in enumerate(names)
+        ]
+        found = torch.zeros(size, dtype=torch.float64)
+        weights = torch.full((len(x),), 1 / len(x), dtype=torch.float64)
+        ops.mlp_loss_changes(net, theta, x, targets, weights, blocks, found)
+        return found[None]
+
+    probe = _probe(params, names[0])
+    try:
+        x, targets = compiled.recognized.inputs(*args, **kwargs), compiled.recognized.targets(target, ev.dtype)
+        ours = changes(params, query, probe)
+    except (TypeError, ValueError, RuntimeError):  # not the inputs or targets of this net
+        return generic
+    theirs = generic(params, query, probe)
+    return changes if _agree(ours, theirs, torch.float64) else generic
+
+
+def _agree(ours: Tensor, theirs: Tensor, dtype: torch.dtype, scale: float = 0.0) -> bool:
+    return float((ours - theirs).abs().max()) <= AGREEMENT[dtype] * max(scale, float(theirs.abs().max()))
+
+
+def _probe(params: Params, first: str | None) -> Params:
+    """Two differences as large as the parameters themselves, laid out as the op takes them."""
+    generator = torch.Generator().manual_seed(0)
+    probe = {}
+    for name, value in params.items():
+        probe[name] = mlp.mlp_block(2, value.shape, value.dtype, name == first)
+        size = float(value.double().square().mean().sqrt()) or 0.1
+        probe[name].copy_(size * torch.randn(2, *value.shape, generator=generator, dtype=torch.float64))
+    return probe
+
+
+def _compare(ev: Evaluator, compiled: Native, params: Params, batch: Batch, gradients: Gradients) -> None:
+    """NotCompiled where the gradients' difference for two models, of which one lacks a sample, is not the generic one's."""
+    names = compiled.recognized.parameters
+    probe = _probe(params, names[0])
+    removed = [batch.ids[:1], batch.ids[:0]]
+    points = {name: torch.cat([value[None], value + probe[name]]) for name, value in params.items()}
+    theirs = {name: value[1:] - value[0] for name, value in gradients(batch, points, [batch.ids[:0], *removed]).items()}
+    blocks = {name: value.clone() for name, value in probe.items()}
+    # lr = −1 makes d + g of d
+    steps = native.one_step(ev, compiled, params, batch, lr=-1.0)
+    # samples are numbered as they stand in the batch: all places of the one that is removed
+    places = [torch.isin(batch.ids, ids).nonzero().flatten() for ids in removed]
+    models = mlp.mlp_models([0, 0], places, len(batch.ids))
+    own = [None if name is None else blocks[name] for name in names]
+    ops.MlpRetrain(compiled.recognized.net, steps, models, own, None, l2=ev.l2).run(0, 1)
+    largest = max(float(value.abs().max()) for value in theirs.values())
+    rounding = 4 * torch.finfo(ev.dtype).eps / AGREEMENT[ev.dtype]
+    for name, value in theirs.items():
+        scale = max(largest, rounding * float(probe[name].abs().max()))
+        if not _agree(blocks[name] - probe[name], value, ev.dtype, scale):
+            raise NotCompiled("its gradients do not agree with the generic path's on the first batch")
