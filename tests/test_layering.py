@@ -50,8 +50,14 @@ ALLOWED = {
     "recognize": "mlp problem",
     "native": "data errors linearize log mlp ops optimizers plan problem queries recognize sweep",
     "factors": "linearize ops problem sweep",
+    "duals": "",
+    "layers": "duals problem recognize",
+    "layerwise": "duals layers linearize problem recognize sweep",
     "retrain": "byte_sizes data guard plan problem progress queries replay result trajectory",
-    "score": "factors guard linearize native plan problem progress queries recognize replay result retrain sweep trajectory",
+    "score": (
+        "factors guard layerwise linearize native plan problem progress queries recognize replay result retrain sweep "
+        "trajectory"
+    ),
     "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
     "reference": "data problem progress queries result trajectory",
     # what users meet
@@ -65,7 +71,9 @@ ALLOWED = {
 # imports inside functions or for type checkers alone, which keep matplotlib, torch or a cycle out of `import dit_fast`
 LAZY = {"result": "plots", "demo": "plots", "cli": "__init__ demo"}
 # the slow truth shares no code with what it judges
-NOT_IN_REFERENCE = "ops optimizers score estimate sweep linearize layerwise native recognize plan factors replay retrain"
+NOT_IN_REFERENCE = (
+    "ops optimizers score estimate sweep linearize layerwise native recognize plan factors replay retrain duals layers"
+)
 
 
 def imports(source: str, modules: set[str]) -> Iterator[tuple[str, bool]]:
