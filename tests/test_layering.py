@@ -52,7 +52,7 @@ ALLOWED = {
     "factors": "linearize ops problem sweep",
     "duals": "",
     "layers": "duals problem recognize",
-    "layerwise": "duals layers linearize problem recognize sweep",
+    "layerwise": "data duals layers linearize problem recognize sweep",
     "retrain": "byte_sizes data guard plan problem progress queries replay result trajectory",
     "score": (
         "factors guard layerwise linearize native plan problem progress queries recognize replay result retrain sweep "

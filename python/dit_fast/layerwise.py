@@ -4,12 +4,14 @@ The tangent of a sample's loss along C_k is ⟨C_k, ∇ℓ_b⟩, that of the wei
 of the values are made once for all columns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dit_fast.data import leaves, map_tensors
 from dit_fast.duals import Dual, Maybe
 from dit_fast.layers import Net, Node, read
 from dit_fast.linearize import Hessian, Linearized, linearize, with_l2
@@ -24,6 +26,8 @@ AGREEMENT = {torch.float32: 1e-4, torch.float64: 1e-10}
 # tangents of the largest layer that go through the net together: what stays in the cache, and is not asked of the system anew
 CHUNK_BYTES = 4 * 2**20
 COLUMNS_AT_ONCE = 8
+# just below the largest that glibc heeds (32 MiB)
+ALLOCATION = 31 * 2**20
 # on other devices what counts is to have enough to do
 DEVICE_CHUNK_BYTES = 256 * 2**20
 
@@ -51,21 +55,40 @@ def linearizer(
 ) -> Linearizer:
     """`linearize` for this net, its chunks of samples sized for `num_columns`; without `with_gradient` g is left empty."""
     columns, chunk = sizes(ev, net, num_columns)
+    # after an allocation of this size is freed, glibc keeps freed memory of up to twice of it instead of returning it to the
+    # system with each chunk; nothing touches it. Page faults were a fifth of the time
+    torch.empty(ALLOCATION, dtype=torch.uint8)
 
     def run(params: Params, batch: Batch) -> Linearized:
         with torch.no_grad():
-            step = _Step(ev, net, hessian, params, batch, chunk)
-            gradient = step.backward(with_gradient) if with_gradient or hessian == "exact" else {}
+            tensors = _tensors(ev, net, params)
+        chunks = _cut(net, batch, chunk)
+        gradient = {name: torch.zeros_like(value) for name, value in params.items()} if with_gradient else {}
+        kept: list[_Chunk] = []
+
+        def made() -> Iterator[_Chunk]:
+            """A chunk is made when its turn comes and forgotten after it: memory that is still in the cache is used again."""
+            for rows, target in chunks:
+                yield _Chunk(ev, net, hessian, tensors, batch, rows, target)
+
+        with torch.no_grad():
+            if with_gradient:
+                kept = list(made())
+                for part in kept:
+                    part.backward(gradient)
 
         def pull(block: Params) -> tuple[Tensor, Params]:
             num_columns = len(next(iter(block.values())))
             dots = torch.zeros(num_columns, len(batch.ids), dtype=torch.float64, device=ev.device)
             hvp = {name: torch.zeros_like(value) for name, value in block.items()}
             with torch.no_grad():
-                for start in range(0, num_columns, columns):
-                    part = slice(start, start + columns)
-                    own = {name: value[part] for name, value in hvp.items()}
-                    step.pull({name: value[part] for name, value in block.items()}, dots[part], own)
+                for part in kept or made():
+                    if not kept and hessian == "exact":
+                        part.backward(None)
+                    for start in range(0, num_columns, columns):
+                        some = slice(start, start + columns)
+                        own = {name: value[some] for name, value in hvp.items()}
+                        dots[some, part.rows] = part.pull({name: value[some] for name, value in block.items()}, own)
             return dots, hvp
 
         return with_l2(ev.l2, params, batch, hessian, gradient, pull)
@@ -80,70 +103,76 @@ def sizes(ev: Evaluator, net: Net, num_columns: int) -> tuple[int, int]:
     return columns, max(1, limit // (net.largest * ev.dtype.itemsize * columns))
 
 
-class _Step:
-    """One batch at one θ: its values in chunks of samples, and the loss at the output."""
+def _cut(net: Net, batch: Batch, size: int) -> list[tuple[slice, Any]]:
+    """The batch in even chunks of at most `size` samples, each with its targets; whole where those cannot be cut."""
+    x, target = batch.args[0], batch.target
+    if x.shape[1:] != net.sample_shape:
+        raise NotCompiled(f"samples of step {batch.step} have another shape than those of the first step")
+    B = len(x)
+    own = leaves(target) if isinstance(target, Tensor | tuple | list | dict) else []
+    if not own or not all(leaf.ndim and len(leaf) == B for leaf in own) or len(own) != _num_leaves(target):
+        return [(slice(0, B), target)]
+    num_chunks = -(-B // size)
+    rows = [slice(B * i // num_chunks, B * (i + 1) // num_chunks) for i in range(num_chunks)]
+    return [(part, map_tensors(target, itemgetter(part))) for part in rows]
 
-    def __init__(self, ev: Evaluator, net: Net, hessian: Hessian, params: Params, batch: Batch, chunk: int) -> None:
-        self.net, self.hessian, self.params = net, hessian, params
-        x = batch.args[0]
-        if x.shape[1:] != net.sample_shape:
-            raise NotCompiled(f"samples of step {batch.step} have another shape than those of the first step")
-        tensors = _tensors(ev, net, params)
-        # as even as can be
-        num_chunks = -(-len(x) // chunk)
-        self.rows = [slice(len(x) * i // num_chunks, len(x) * (i + 1) // num_chunks) for i in range(num_chunks)]
-        self.chunks = [_forward(net, x[rows], tensors) for rows in self.rows]
-        self.coefficients = batch.coefficients
+
+def _num_leaves(tree: Any) -> int:
+    if isinstance(tree, dict):
+        return sum(map(_num_leaves, tree.values()))
+    return sum(map(_num_leaves, tree)) if isinstance(tree, tuple | list) else 1
+
+
+class _Chunk:
+    """Some samples of a batch at one θ: their values, and the loss at the output."""
+
+    def __init__(
+        self, ev: Evaluator, net: Net, hessian: Hessian, tensors: Tensors, batch: Batch, rows: slice, target: Any
+    ) -> None:
+        self.net, self.hessian, self.rows = net, hessian, rows
+        self.duals = _forward(net, batch.args[0][rows], tensors)
+        self.coefficients = batch.coefficients[rows]
         with torch.enable_grad():
-            self.output = torch.cat([chunk[-1].y for chunk in self.chunks]).requires_grad_()
-            losses = ev.losses_of(self.output, batch.target, len(batch.ids))
+            self.output = self.duals[-1].y.detach().requires_grad_()
+            losses = ev.losses_of(self.output, target, rows.stop - rows.start)
             # ∂ℓ_b/∂z_b: a sample's loss depends on its own output alone
             self.slope = torch.autograd.grad(losses.sum(), self.output, create_graph=hessian != "none")[0]
 
-    def backward(self, with_gradient: bool) -> Params:
-        """δ of every operation, for the weighted batch loss, and the gradient of that where asked for."""
-        gradient = {name: torch.zeros_like(value) for name, value in self.params.items()} if with_gradient else {}
+    def backward(self, gradient: Params | None) -> None:
+        """δ of every operation, for the weighted batch loss; the gradient of that is added to `gradient`."""
 
         def visit(node: Node, dual: Dual, delta: Tensor, wanted: Sequence[bool]) -> list[Maybe]:
-            if with_gradient and any(node.parameters):
+            if gradient is not None and any(node.parameters):
                 _accumulate(gradient, node.parameters, dual.gradients(delta))
             own = dual.backward(delta, wanted)
             if self.hessian != "exact":
                 dual.delta = None
             return own
 
-        last = _weighted(self.slope.detach(), self.coefficients)
-        for rows, chunk in zip(self.rows, self.chunks, strict=True):
-            _backwards(self.net, chunk, last[rows], visit)
-        return gradient
+        _backwards(self.net, self.duals, _weighted(self.slope.detach(), self.coefficients), visit)
 
-    def pull(self, block: Params, dots: Tensor, hvp: Params) -> None:
-        """Writes dots [K, B] and adds H C to `hvp`, for columns that go through together."""
+    def pull(self, block: Params, hvp: Params) -> Tensor:
+        """dots [K, B] float64; adds H C to `hvp`. For columns that go through together."""
 
         def visit(node: Node, dual: Dual, delta: Tensor, wanted: Sequence[bool]) -> list[Maybe]:
             own, products = dual.tangent_backward(delta, _columns(node, block), wanted)
             _accumulate(hvp, node.parameters, products)
             return own
 
-        for rows, chunk in zip(self.rows, self.chunks, strict=True):
-            tangent = _tangents(self.net, chunk, block)
-            dots[:, rows] = (self.slope[rows, None].detach() * tangent).flatten(2).double().sum(2).T
-            if self.hessian != "none":
-                _backwards(self.net, chunk, self._curved(tangent, rows), visit)
+        tangent = _tangents(self.net, self.duals, block)
+        if self.hessian != "none":
+            _backwards(self.net, self.duals, self._curved(tangent), visit)
+        return (self.slope[:, None].detach() * tangent).flatten(2).double().sum(2).T
 
-    def _curved(self, tangent: Tensor, rows: slice) -> Tensor:
-        """a_b ∇²ℓ_b ż_b [B, K, ...] of some samples, at the output."""
+    def _curved(self, tangent: Tensor) -> Tensor:
+        """a_b ∇²ℓ_b ż_b [B, K, ...] at the output."""
         if not self.slope.requires_grad:
             return torch.zeros_like(tangent)
-        curved = torch.empty_like(tangent)
-        for k in range(tangent.shape[1]):
-            # a sample's loss depends on its own output alone, so the others' tangents can be anything
-            whole = torch.zeros_like(self.output)
-            whole[rows] = tangent[:, k]
-            curved[:, k] = torch.autograd.grad(self.slope, self.output, whole, retain_graph=True, materialize_grads=True)[0][
-                rows
-            ]
-        return _weighted(curved, self.coefficients[rows])
+        columns = [
+            torch.autograd.grad(self.slope, self.output, column, retain_graph=True, materialize_grads=True)[0]
+            for column in tangent.unbind(1)
+        ]
+        return _weighted(torch.stack(columns, 1), self.coefficients)
 
 
 def _forward(net: Net, x: Tensor, tensors: Tensors) -> list[Dual]:
