@@ -103,8 +103,9 @@ def test_the_factors_are_those_of_the_layerwise_path(hessian, with_gradient):
         shared, (_, pull) = count_flops(lambda: run(params, batch))
         column, _ = count_flops(lambda: pull({name: torch.ones(1, *value.shape) for name, value in params.items()}))
     expected = SHARED_LAYERWISE_WITH_GRADIENT if with_gradient else SHARED_LAYERWISE[hessian]
-    assert shared / forward == pytest.approx(expected, rel=0.05)
-    assert column / forward == pytest.approx(PER_COLUMN_LAYERWISE[hessian], rel=0.05)
+    # without the gradient everything waits for the columns
+    assert (shared > 0) == with_gradient
+    assert (shared + column) / forward == pytest.approx(expected + PER_COLUMN_LAYERWISE[hessian], rel=0.05)
 
 
 QUERIES = {

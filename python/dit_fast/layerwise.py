@@ -24,8 +24,8 @@ COMPARED_SAMPLES = 8
 AGREEMENT = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 # tangents of the largest layer that go through the net together: what stays in the cache, and is not asked of the system anew
-CHUNK_BYTES = 4 * 2**20
-COLUMNS_AT_ONCE = 8
+CHUNK_BYTES = 8 * 2**20
+COLUMNS_AT_ONCE = 4
 # just below the largest that glibc heeds (32 MiB)
 ALLOCATION = 31 * 2**20
 # on other devices what counts is to have enough to do
