@@ -25,7 +25,8 @@ AGREEMENT = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 # tangents of the largest layer that go through the net together: what stays in the cache, and is not asked of the system anew
 CHUNK_BYTES = 8 * 2**20
-COLUMNS_AT_ONCE = 4
+# columns that share the values of a chunk: at least these, and more where so many samples of them fit
+COLUMNS_AT_ONCE, SAMPLES_AT_ONCE = 4, 16
 # just below the largest that glibc heeds (32 MiB)
 ALLOCATION = 31 * 2**20
 # on other devices what counts is to have enough to do
@@ -98,9 +99,10 @@ def linearizer(
 
 def sizes(ev: Evaluator, net: Net, num_columns: int) -> tuple[int, int]:
     """How many columns and how many samples go through the net together."""
-    columns = min(num_columns, COLUMNS_AT_ONCE)
     limit = CHUNK_BYTES if ev.device.type == "cpu" else DEVICE_CHUNK_BYTES
-    return columns, max(1, limit // (net.largest * ev.dtype.itemsize * columns))
+    one = net.largest * ev.dtype.itemsize
+    columns = min(num_columns, max(COLUMNS_AT_ONCE, limit // (SAMPLES_AT_ONCE * one)))
+    return columns, max(1, limit // (one * columns))
 
 
 def _cut(net: Net, batch: Batch, size: int) -> list[tuple[slice, Any]]:
