@@ -69,14 +69,15 @@ def binary(z: Tensor, y: Tensor) -> Tensor:
 class Setting:
     """A trained run of a workload and every rival on it, as calls without arguments."""
 
+    backend = "native"
+
     def __init__(self, work: Workload) -> None:
         torch.manual_seed(0)
         self.work = work
-        layers = [m for i, o in itertools.pairwise(work.widths) for m in (nn.Linear(i, o), nn.ReLU())]
-        self.model = nn.Sequential(*layers[:-1])
+        self.model, shape = self.build()
         outputs = work.widths[-1]
         self.loss = cross_entropy if outputs > 1 else binary
-        self.x, x_val = torch.randn(work.samples, work.widths[0]), torch.randn(256, work.widths[0])
+        self.x, x_val = torch.randn(work.samples, *shape), torch.randn(256, *shape)
         draw: Callable[[int], Tensor] = lambda n: (  # noqa: E731
             torch.randint(outputs, (n,)) if outputs > 1 else torch.randint(2, (n,)).float()
         )
@@ -96,6 +97,11 @@ class Setting:
         self.query = queries.loss(*self.val)
         self.gradients = {t: self._query_gradient(t) for t in self.ends}
 
+    def build(self) -> tuple[nn.Module, tuple[int, ...]]:
+        """The net and the shape of a sample."""
+        layers = [m for i, o in itertools.pairwise(self.work.widths) for m in (nn.Linear(i, o), nn.ReLU())]
+        return nn.Sequential(*layers[:-1]), (self.work.widths[0],)
+
     def train(self, history: dict[str, list[Tensor]] | None = None) -> None:
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05)
         for ids in self.batches:
@@ -113,7 +119,7 @@ class Setting:
 
     def ours(self, backend: str = "auto") -> Tensor:
         result = dit_fast.score(self.trajectory, self.problem, self.query, self.windows, check=False, backend=backend)
-        assert result.meta["backend"] == ("native" if backend == "auto" else backend)
+        assert result.meta["backend"] == (self.backend if backend == "auto" else backend)
         return result.scores[:, 0]
 
     def generic(self) -> Tensor:
@@ -149,18 +155,18 @@ class Setting:
         return torch.stack([before[stop] - before[start] for start, stop in self.windows])
 
     def torch_func(self) -> Tensor:
-        def step(t: int, block: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            x, y, theta = self.x[self.batches[t]], self.y[self.batches[t]], self.theta(t)
+        return self._sweep(self._vmapped)
 
-            def mean_and_losses(p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-                losses = self.loss(functional_call(self.model, p, (x,)), y)
-                return losses.mean(), losses
+    def _vmapped(self, t: int, block: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        x, y, theta = self.x[self.batches[t]], self.y[self.batches[t]], self.theta(t)
 
-            both: Any = grad(mean_and_losses, has_aux=True)
-            hvp, dots = vmap(lambda c: jvp(both, (theta,), (c,))[1])(block)
-            return dots, hvp
+        def mean_and_losses(p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            losses = self.loss(functional_call(self.model, p, (x,)), y)
+            return losses.mean(), losses
 
-        return self._sweep(step)
+        both: Any = grad(mean_and_losses, has_aux=True)
+        hvp, dots = vmap(lambda c: jvp(both, (theta,), (c,))[1])(block)
+        return dots, hvp
 
     def double(self) -> Tensor:
         def step(t: int, block: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -238,9 +244,12 @@ def setting(name: str) -> Setting:
 
 
 @functools.cache
-def rival_seconds(name: str, budget: float = 8.0) -> dict[str, float]:
+def rival_seconds(name: str) -> dict[str, float]:
+    return best_seconds(setting(name))
+
+
+def best_seconds(made: Setting, budget: float = 8.0) -> dict[str, float]:
     """Best times of the rivals and of a 1024³ float32 product, in turn: a slow spell of the machine meets them all."""
-    made = setting(name)
     a, b = torch.randn(2, 1024, 1024)
     calls = {rival: getattr(made, rival) for rival in RIVALS} | {"gemm": lambda: a @ b}
     best = dict.fromkeys(calls, float("inf"))
@@ -275,9 +284,13 @@ def bench_score(benchmark, name, rival):
     benchmark(getattr(made, rival))
     if rival not in ("engine", "ours"):
         return
-    seconds = rival_seconds(name)
+    benchmark.extra_info.update(compare(made, rival, rival_seconds(name)))
+
+
+def compare(made: Setting, rival: str, seconds: dict[str, float]) -> dict[str, Any]:
+    """How many times faster than the others, and than the sgemm rate of the same run."""
     own, gemm_rate = seconds[rival], 2 * 1024**3 / seconds["gemm"]
-    benchmark.extra_info.update(
+    return (
         {f"times_{other}": round(seconds[other] / own, 2) for other in seconds if other not in (rival, "gemm")}
         | {"of_training": round(own / seconds["train"], 3), "milliseconds": round(own * 1e3, 3)}
         | {"gflops": round(made.flops() / own / 1e9, 1), "gemm_share": round(made.flops() / own / gemm_rate, 3)}

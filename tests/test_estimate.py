@@ -10,7 +10,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dit_fast as dit
-from dit_fast.estimate import PER_COLUMN, SHARED, count_flops
+from dit_fast import layerwise
+from dit_fast.estimate import (
+    PER_COLUMN,
+    PER_COLUMN_LAYERWISE,
+    SHARED,
+    SHARED_LAYERWISE,
+    SHARED_LAYERWISE_WITH_GRADIENT,
+    count_flops,
+)
 from dit_fast.linearize import linearize
 from dit_fast.problem import Evaluator
 
@@ -35,7 +43,14 @@ def linear_net(*sizes):
 
 @pytest.mark.parametrize(
     ("backend", "hessian", "shared", "per_column"),
-    [("generic", "exact", 3, 6), ("generic", "ggn", 5, 4), ("native", "exact", 2, 6), ("native", "none", 2, 1)],
+    [
+        ("generic", "exact", 3, 6),
+        ("generic", "ggn", 5, 4),
+        ("native", "exact", 2, 6),
+        ("native", "none", 2, 1),
+        ("layerwise", "exact", 2, 6),
+        ("layerwise", "ggn", 1, 4),
+    ],
 )
 def test_flops_of_a_linear_net_by_hand(backend, hessian, shared, per_column):
     trajectory, problem, validation = run_of(linear_net(7, 5, 3), 7, 3)
@@ -74,6 +89,23 @@ def test_the_factors_are_those_of_the_generic_path(hessian):
         column, _ = count_flops(lambda: pull({name: torch.ones(1, *value.shape) for name, value in params.items()}))
     assert shared / forward == pytest.approx(SHARED[hessian], rel=0.05)
     assert column / forward == pytest.approx(PER_COLUMN[hessian], rel=0.05)
+
+
+@pytest.mark.parametrize("hessian", ["exact", "ggn", "none"])
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_the_factors_are_those_of_the_layerwise_path(hessian, with_gradient):
+    trajectory, problem, _ = run_of(linear_net(1, 64, 64, 64, 64, 3), 1, 3)
+    ev = Evaluator.create(problem, trajectory, None, None)
+    with ev.session():
+        net, params, batch = layerwise.prepare(ev, hessian), ev.params(0), ev.batches(0)[0]
+        forward, _ = count_flops(lambda: ev.losses(params, batch))
+        run = layerwise.linearizer(ev, net, hessian, 1, with_gradient)
+        shared, (_, pull) = count_flops(lambda: run(params, batch))
+        column, _ = count_flops(lambda: pull({name: torch.ones(1, *value.shape) for name, value in params.items()}))
+    expected = SHARED_LAYERWISE_WITH_GRADIENT if with_gradient else SHARED_LAYERWISE[hessian]
+    # without the gradient everything waits for the columns
+    assert (shared > 0) == with_gradient
+    assert (shared + column) / forward == pytest.approx(expected + PER_COLUMN_LAYERWISE[hessian], rel=0.05)
 
 
 QUERIES = {

@@ -54,8 +54,14 @@ ALLOWED = {
     "native": "data errors linearize log mlp ops optimizers plan problem queries recognize sweep",
     "factors": "linearize ops problem sweep",
     "native_retrain": "mlp native ops problem queries recognize",
+    "duals": "",
+    "layers": "duals problem recognize",
+    "layerwise": "data duals layers linearize problem recognize sweep",
     "retrain": ("byte_sizes data guard native native_retrain plan problem progress queries recognize replay result trajectory"),
-    "score": "factors guard linearize native plan problem progress queries recognize replay result retrain sweep trajectory",
+    "score": (
+        "factors guard layerwise linearize native plan problem progress queries recognize replay result retrain sweep "
+        "trajectory"
+    ),
     "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
     "reference": "data problem progress queries result trajectory",
     # what users meet
@@ -71,7 +77,8 @@ ALLOWED = {
 LAZY = {"result": "plots", "score": "estimate", "demo": "plots", "cli": "__init__ demo log"}
 # the slow truth shares no code with what it judges
 NOT_IN_REFERENCE = (
-    "ops optimizers score estimate sweep linearize layerwise native native_retrain recognize plan factors replay retrain"
+    "ops optimizers score estimate sweep linearize layerwise native native_retrain recognize plan factors replay retrain "
+    "duals layers"
 )
 
 

@@ -31,6 +31,11 @@ PER_COLUMN_FORWARD_OVER_REVERSE = 9
 # the compiled sweep takes no weight gradient of its own: forward and backward once, then dual numbers per column
 SHARED_NATIVE = 2
 PER_COLUMN_NATIVE = {"exact": 6, "ggn": 4, "none": 1}
+# layer by layer: forward, backward to the layers' outputs where H needs it; per column the tangents of both, and of the
+# weight gradient. Adam and clipping want the gradient as well
+SHARED_LAYERWISE = {"exact": 2, "ggn": 1, "none": 1}
+SHARED_LAYERWISE_WITH_GRADIENT = 3
+PER_COLUMN_LAYERWISE = {"exact": 6, "ggn": 4, "none": 2}
 # a forward and a backward pass
 GRADIENT = 3
 
@@ -169,8 +174,8 @@ class _Cost:
         self.num_blocks = 1 + len(trajectory.slots)
         self.parameter_bytes = ev.num_parameters * ev.dtype.itemsize
         # the gradient that Adam and clipping need comes out of the linearisation, but for micro-batches
-        needs_gradient = bool(trajectory.clip) or not all(rule.is_linear for rule in trajectory.optimizer)
-        self.extra_gradient = GRADIENT * self.forward if needs_gradient and len(batches) > 1 else 0
+        self.needs_gradient = bool(trajectory.clip) or not all(rule.is_linear for rule in trajectory.optimizer)
+        self.extra_gradient = GRADIENT * self.forward if self.needs_gradient and len(batches) > 1 else 0
         self.replay_is_needed = Replay(ev, not all(rule.is_linear for rule in trajectory.optimizer), 0).is_needed
         self.point_bytes = self.num_blocks * self.parameter_bytes
         self.room = max(int(plan.REPLAY_SHARE * budget) // max(self.point_bytes, 1), 2)
@@ -215,6 +220,9 @@ def _adjoint(cost: _Cost, hessian: Hessian, backend: str) -> dict[str, Any]:
         per_column = PER_COLUMN_FACTORS[hessian]
     elif meta["backend"] == "native":
         shared, per_column = SHARED_NATIVE, PER_COLUMN_NATIVE[hessian]
+    elif meta["backend"] == "layerwise":
+        shared = SHARED_LAYERWISE_WITH_GRADIENT if cost.needs_gradient else SHARED_LAYERWISE[hessian]
+        per_column = PER_COLUMN_LAYERWISE[hessian]
     elif meta["mode"] == "forward_over_reverse":
         per_column = PER_COLUMN_FORWARD_OVER_REVERSE
     swept = replayed = asked = 0
@@ -227,10 +235,12 @@ def _adjoint(cost: _Cost, hessian: Hessian, backend: str) -> dict[str, Any]:
     together = min(per_sweep, len(made))
     pull = meta.get("columns_per_pull", together)
     params, batch = ev.params(0), ev.batches(0)[0]
+    samples = meta.get("samples_per_pull", len(batch.ids))
     graph = plan.graph_bytes(lambda: linearize(ev, params, batch, hessian, meta.get("mode", "double_backward")))
     memory = (
         together * (cost.num_blocks + plan.BLOCKS_PER_COLUMN) * cost.parameter_bytes
-        + graph * (1 + plan.GRAPHS_PER_COLUMN * pull)
+        + graph
+        + graph * plan.GRAPHS_PER_COLUMN * pull * samples // max(len(batch.ids), 1)
         + cost.parameter_bytes * (1 + sum(cost.sizes))
         + cost.replayed_bytes()
         + 8 * num_samples * (together + len(made) + mix.shape[0])

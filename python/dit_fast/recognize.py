@@ -101,15 +101,20 @@ def recognize(ev: Evaluator, params: Params, batch: Batch) -> Recognized:
     return Recognized(Mlp(layers, loss, scale), parameters, output.shape[1:])
 
 
-def _chain(ev: Evaluator) -> tuple[tuple[MlpLayer, ...], tuple[str | None, ...]]:
-    model = ev.problem.model
+def trace(model: nn.Module) -> fx.Graph:
+    """The model's operations; NotCompiled where its forward pass is no fixed sequence of them."""
     hooked = [n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks]
     if hooked:
         raise NotCompiled(f"module '{hooked[0]}' has hooks")
     try:
-        graph = fx.Tracer().trace(model)
+        return fx.Tracer().trace(model)
     except Exception as error:  # tracing runs the user's forward on proxies: anything may be raised there
         raise NotCompiled(f"torch.fx cannot trace the model: {str(error).splitlines()[0][:120]}") from error
+
+
+def _chain(ev: Evaluator) -> tuple[tuple[MlpLayer, ...], tuple[str | None, ...]]:
+    model = ev.problem.model
+    graph = trace(model)
     names = {id(p): name for name, p in model.named_parameters()}
     sizes = [shape.numel() for shape in ev.shapes.values()]
     position = dict(zip(ev.shapes, accumulate(sizes, initial=0), strict=False))
@@ -121,9 +126,9 @@ def _chain(ev: Evaluator) -> tuple[tuple[MlpLayer, ...], tuple[str | None, ...]]
             own = [None if p is None else names.get(id(p)) for p in parameters]
             weight, bias = own
             if weight not in position or (parameters[1] is not None and bias not in position):
-                raise NotCompiled(f"a parameter of {_name(node)} was not trained")
+                raise NotCompiled(f"a parameter of {node_name(node)} was not trained")
             if {weight, bias} - {None} & set(used):
-                raise NotCompiled(f"{_name(node)} shares its parameters with another call")
+                raise NotCompiled(f"{node_name(node)} shares its parameters with another call")
             outputs, inputs = ev.shapes[weight]
             layers.append(MlpLayer(outputs, inputs, position[weight], None if bias is None else position[bias]))
             used += [weight, bias]
@@ -131,10 +136,10 @@ def _chain(ev: Evaluator) -> tuple[tuple[MlpLayer, ...], tuple[str | None, ...]]
         activation = _activation(module_or_call, node)
         if activation is not None:
             if not layers or layers[-1].activation != "identity":
-                raise NotCompiled(f"{_name(node)} does not follow a linear layer")
+                raise NotCompiled(f"{node_name(node)} does not follow a linear layer")
             layers[-1] = replace(layers[-1], activation=activation[0], slope=activation[1])
-        elif not _changes_shape_alone(module_or_call, node):
-            raise NotCompiled(f"{_name(node)} is none of the operations that are compiled")
+        elif not changes_shape_alone(module_or_call, node):
+            raise NotCompiled(f"{node_name(node)} is none of the operations that are compiled")
     if not layers:
         raise NotCompiled("the model has no linear layer")
     if unused := [name for name in ev.shapes if name not in used]:
@@ -154,18 +159,18 @@ def _operations(graph: fx.Graph, model: nn.Module) -> list[tuple[Any, fx.Node]]:
         elif node.op == "output":
             if node.args[0] is not current:
                 raise NotCompiled("the model returns something else than the end of one chain")
-        elif node.op == "get_attr" or _is_size(node):
+        elif node.op == "get_attr" or is_size(node):
             continue
         else:
-            inputs = [n for n in node.all_input_nodes if n.op != "get_attr" and not _is_size(n)]
+            inputs = [n for n in node.all_input_nodes if n.op != "get_attr" and not is_size(n)]
             if inputs != [current]:
-                raise NotCompiled(f"{_name(node)} is not part of one chain of operations")
+                raise NotCompiled(f"{node_name(node)} is not part of one chain of operations")
             current = node
             chain.append((model.get_submodule(node.target) if node.op == "call_module" else node.target, node))
     return chain
 
 
-def _is_size(node: fx.Node) -> bool:
+def is_size(node: fx.Node) -> bool:
     """A question about shapes, such as x.size(0), x.shape or x.shape[0]."""
     if node.op == "call_method":
         return node.target in ("size", "dim", "numel")
@@ -173,7 +178,7 @@ def _is_size(node: fx.Node) -> bool:
         return False
     if node.target is getattr:
         return node.args[1] in ("shape", "ndim")
-    return node.target is len or (isinstance(node.args[0], fx.Node) and _is_size(node.args[0]))
+    return node.target is len or (isinstance(node.args[0], fx.Node) and is_size(node.args[0]))
 
 
 def _linear_parameters(operation: Any, node: fx.Node, model: nn.Module) -> tuple[Tensor, Tensor | None] | None:
@@ -212,7 +217,7 @@ def _activation(operation: Any, node: fx.Node) -> tuple[str, float] | None:
     return None if kind is None else (kind, 0.0)
 
 
-def _changes_shape_alone(operation: Any, node: fx.Node) -> bool:
+def changes_shape_alone(operation: Any, node: fx.Node) -> bool:
     """Flatten, view, squeeze and what does nothing; that the shapes are right the comparison on real batches shows."""
     if isinstance(operation, nn.Module):
         if isinstance(operation, nn.modules.dropout._DropoutNd):
@@ -226,7 +231,8 @@ def _changes_shape_alone(operation: Any, node: fx.Node) -> bool:
     return operation in _SHAPE_CALLS
 
 
-def _name(node: fx.Node) -> str:
+def node_name(node: fx.Node) -> str:
+    """For messages."""
     if node.op == "call_module":
         return f"module '{node.target}'"
     return str(getattr(node.target, "__name__", node.target))

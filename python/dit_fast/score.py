@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast import factors, native, plan, queries
+from dit_fast import factors, layerwise, native, plan, queries
 from dit_fast.guard import check_problem
 from dit_fast.linearize import HESSIANS, Hessian, choose_mode, linearize
 from dit_fast.problem import Batch, Evaluator, Params, Problem
@@ -25,7 +25,7 @@ from dit_fast.trajectory import Trajectory, Window
 Sweep = Callable[[list[plan.Column], QueryGradients, Callable[..., object]], Tensor]
 
 METHODS = ("adjoint", "retrain", "auto")
-BACKENDS = ("auto", "generic", "native", "factors")
+BACKENDS = ("auto", "generic", "layerwise", "native", "factors")
 
 
 def score(
@@ -67,8 +67,8 @@ def score(
     refine: this many samples per window and query, those of largest |score|, get their true score by retraining;
         `result.retrained` marks them.
     backend: "native" for feed-forward nets under SGD, compiled, on the CPU; "factors" for nets of linear layers with hessian
-        "fisher" or "none"; "generic" for any module; "auto" = the first of these that fits. `meta["backend"]` says which it
-        was, `meta["why"]` why. ValueError where the one asked for cannot be used.
+        "fisher" or "none"; "layerwise" for convolutional nets; "generic" for any module; "auto" = the first of these that
+        fits. `meta["backend"]` says which it was, `meta["why"]` why. ValueError where the one asked for cannot be used.
     dtype, device: of the computation; None = the widest dtype of the parameters, but float64 for Adam and AdamW, and the
         model's device.
     memory_budget: bytes or "2GiB"; columns that do not fit travel in several sweeps. None = 0.6 of what is free.
@@ -233,21 +233,40 @@ def choose_linearizer(
 ) -> tuple[Linearizer, dict[str, Any]]:
     """The primitive for this net and curvature, and what it is."""
     params, batch = ev.params(0), ev.batches(0)[0]
-    refusal: str | None = ""
-    if backend != "generic":
+    refused = []
+    if backend in ("auto", "factors"):
         refusal = factors.refusal(ev, params, batch, hessian)
         if refusal is None:
             return factors.linearizer(ev, hessian), {"backend": "factors", "why": "a net of linear layers"}
         if backend == "factors":
             raise ValueError(f"backend='factors' cannot be used: {refusal}")
+        refused.append(f"not factors: {refusal}")
+    if backend in ("auto", "layerwise"):
+        try:
+            net = layerwise.prepare(ev, hessian)
+            if backend == "auto" and not net.has_convolution:
+                raise NotCompiled("the net has no convolution")
+        except NotCompiled as reason:
+            if backend == "layerwise":
+                raise ValueError(f"backend='layerwise' cannot be used: {reason}") from reason
+            refused.append(f"not layerwise: {reason}")
+        else:
+            needs_gradient = bool(ev.trajectory.clip) or not all(rule.is_linear for rule in ev.trajectory.optimizer)
+            columns, samples = layerwise.sizes(ev, net, num_columns)
+            why = "; ".join([*refused, "layer by layer; agrees with the generic path on the first batch"])
+            return layerwise.linearizer(ev, net, hessian, num_columns, needs_gradient), {
+                "backend": "layerwise",
+                "why": why,
+                "columns_per_pull": columns,
+                "samples_per_pull": min(samples, len(batch.ids)),
+            }
     mode, together = choose_mode(ev, params, batch, hessian)
     limit = plan.columns_per_pull(budget, ev, params, batch, hessian, mode) if together else 1
 
     def generic(params: Params, batch: Batch) -> Any:
         return linearize(ev, params, batch, hessian, mode, limit)
 
-    why = f"not factors: {refusal}" if refusal else ""
-    return generic, {"backend": "generic", "why": why, "mode": mode, "columns_per_pull": min(limit, num_columns)}
+    return generic, {"backend": "generic", "why": "; ".join(refused), "mode": mode, "columns_per_pull": min(limit, num_columns)}
 
 
 def check_options(hessian: str, query_at: str, method: str, backend: str, refine: int) -> None:

@@ -1,0 +1,436 @@
+"""Dual numbers through single operations of a net: primal, backward, and both of their tangents, K columns at once.
+
+Every operation is made for one set of samples and keeps what its later passes need. Shapes: values and δ [B, ...],
+tangents and δ̇ [B, K, ...]. With the sample outermost a shared weight sees [B·K, ...], and a product of a shared value
+with K parameter tangents has them stacked as K·O (or K·I) channels, both without a copy.
+
+    y = primal                      from the inputs and parameters, in the constructor
+    backward(δ)                     → δ of each input; δ is kept for `tangent_backward`
+    gradients(δ)                    → the gradient of each parameter
+    tangent(ẋ, C)                   → ẏ; ẋ of each input, None for 0; C of each parameter [K, *shape], None if not trained
+    tangent_backward(δ̇, C, wanted)  → δ̇ of each input where wanted, and the tangent of each parameter's gradient
+
+Without a `backward` before it δ counts as 0, which leaves the Gauss–Newton part of `tangent_backward`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Maybe = Tensor | None
+Call = Callable[[Tensor], Tensor]
+
+
+class Dual:
+    """An operation without parameters on one input; also what a new one inherits."""
+
+    y: Tensor
+    delta: Maybe = None
+
+    def backward(self, delta: Tensor, wanted: Sequence[bool]) -> list[Maybe]:
+        raise NotImplementedError
+
+    def gradients(self, delta: Tensor) -> list[Maybe]:
+        return []
+
+    def tangent(self, dxs: list[Maybe], block: list[Maybe]) -> Maybe:
+        raise NotImplementedError
+
+    def tangent_backward(self, delta: Tensor, block: list[Maybe], wanted: Sequence[bool]) -> tuple[list[Maybe], list[Maybe]]:
+        raise NotImplementedError
+
+
+class Window(NamedTuple):
+    """How a convolution moves over its input, one number per spatial dimension."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+class Conv(Dual):
+    """y = conv(x, W) + b, in one or two spatial dimensions."""
+
+    def __init__(self, window: Window, x: Tensor, weight: Tensor, bias: Maybe) -> None:
+        self.window, self.x, self.weight, self.bias = window, x, weight, bias
+        self.y = self._apply(x, weight, bias)
+        self.dx: Maybe = None
+
+    def backward(self, delta: Tensor, wanted: Sequence[bool]) -> list[Maybe]:
+        self.delta = delta
+        return [self._to_input(delta, self.x.shape, self.weight) if wanted[0] else None]
+
+    def gradients(self, delta: Tensor) -> list[Maybe]:
+        return [self._to_weight(delta, self.x, self.weight.shape), _to_bias(delta) if self.bias is not None else None]
+
+    def tangent(self, dxs: list[Maybe], block: list[Maybe]) -> Maybe:
+        (self.dx,), (weight, bias) = dxs, block
+        y = None
+        if weight is not None:
+            # conv(x, C_k): the columns as stacked output channels, group by group
+            K, O, G = *weight.shape[:2], self.window.groups
+            stacked = weight.unflatten(1, (G, O // G)).transpose(0, 1).flatten(0, 2)
+            y = _from_groups(self._apply(self.x, stacked), G, K)
+        if self.dx is not None:
+            shared = self._apply(self.dx.flatten(0, 1), self.weight).unflatten(0, self.dx.shape[:2])
+            y = shared if y is None else y.add_(shared)
+        return _add_bias(y, bias, self.y)
+
+    def tangent_backward(self, delta: Tensor, block: list[Maybe], wanted: Sequence[bool]) -> tuple[list[Maybe], list[Maybe]]:
+        (weight, bias), (B, K), G = block, delta.shape[:2], self.window.groups
+        O, I, *kernel = self.weight.shape
+        dx = None
+        if wanted[0]:
+            shape = torch.Size((B * K, *self.x.shape[1:]))
+            dx = self._to_input(delta.flatten(0, 1), shape, self.weight).unflatten(0, (B, K))
+            if weight is not None and self.delta is not None:
+                # [K, G·O, I] as G·O filters of K·I channels
+                stacked = weight.transpose(0, 1).flatten(1, 2)
+                shape = torch.Size((B, K * G * I, *self.x.shape[2:]))
+                dx.add_(_from_groups(self._to_input(self.delta, shape, stacked), G, K))
+        product = None
+        if weight is not None:
+            shape = torch.Size((K * O, I, *kernel))
+            product = self._to_weight(_to_groups(delta, G), self.x, shape)
+            product = product.unflatten(0, (G, K, O // G)).transpose(0, 1).flatten(1, 2)
+            if self.dx is not None and self.delta is not None:
+                shape = torch.Size((O, K * I, *kernel))
+                other = self._to_weight(self.delta, _to_groups(self.dx, G), shape)
+                product = product + other.unflatten(1, (K, I)).transpose(0, 1)
+        self.dx = None
+        return [dx], [product, None if bias is None else delta.flatten(3).sum((0, 3))]
+
+    def _apply(self, x: Tensor, weight: Tensor, bias: Maybe = None) -> Tensor:
+        return (F.conv1d if x.ndim == 3 else F.conv2d)(x, weight, bias, *self.window)
+
+    def _to_input(self, delta: Tensor, shape: torch.Size, weight: Tensor) -> Tensor:
+        # of the input only the shape counts
+        return self._transposed(delta, delta.new_empty(1).expand(shape), weight, (True, False, False))[0]
+
+    def _to_weight(self, delta: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+        return self._transposed(delta, x, delta.new_empty(1).expand(shape), (False, True, False))[1]
+
+    def _transposed(self, delta: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> Any:
+        stride, padding, dilation, groups = self.window
+        none = [0] * len(stride)
+        return torch.ops.aten.convolution_backward(delta, x, weight, None, stride, padding, dilation, False, none, groups, mask)
+
+
+class Linear(Dual):
+    """y = x Wᵀ + b over the last dimension of [B, ..., I]."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Maybe) -> None:
+        self.weight, self.bias = weight, bias
+        self.y = F.linear(x, weight, bias)
+        self.x = x.reshape(len(x), -1, x.shape[-1])
+        self.dx: Maybe = None
+
+    def backward(self, delta: Tensor, wanted: Sequence[bool]) -> list[Maybe]:
+        self.delta = delta.reshape(len(delta), -1, delta.shape[-1])
+        return [delta @ self.weight if wanted[0] else None]
+
+    def gradients(self, delta: Tensor) -> list[Maybe]:
+        rows = delta.reshape(-1, delta.shape[-1])
+        return [rows.T @ self.x.flatten(0, 1), rows.sum(0) if self.bias is not None else None]
+
+    def tangent(self, dxs: list[Maybe], block: list[Maybe]) -> Maybe:
+        (dx,), (weight, bias), (B, S, _) = dxs, block, self.x.shape
+        self.dx = None if dx is None else dx.reshape(B, len(dx[0]), S, -1)
+        y = None if self.dx is None else self.dx @ self.weight.T
+        if weight is not None:
+            own = (self.x.flatten(0, 1) @ weight.flatten(0, 1).T).view(B, S, *weight.shape[:2]).transpose(1, 2)
+            y = own if y is None else y.add_(own)
+        if y is not None:
+            y = y.reshape(B, y.shape[1], *self.y.shape[1:])
+        return None if bias is None and y is None else _add(y, None if bias is None else _spread(bias, self.y, last=True))
+
+    def tangent_backward(self, delta: Tensor, block: list[Maybe], wanted: Sequence[bool]) -> tuple[list[Maybe], list[Maybe]]:
+        (weight, bias), (B, K), S = block, delta.shape[:2], self.x.shape[1]
+        shape = delta.shape
+        delta = delta.reshape(B, K, S, -1)
+        dx = product = None
+        if wanted[0]:
+            dx = delta @ self.weight
+            if weight is not None and self.delta is not None:
+                stacked = self.delta.flatten(0, 1) @ weight.transpose(0, 1).flatten(1)
+                dx += stacked.view(B, S, K, -1).transpose(1, 2)
+            dx = dx.reshape(*shape[:-1], -1)
+        if weight is not None:
+            rows = delta.transpose(1, 2).reshape(B * S, -1)
+            product = (rows.T @ self.x.flatten(0, 1)).view_as(weight)
+            if self.dx is not None and self.delta is not None:
+                columns = self.dx.transpose(1, 2).reshape(B * S, -1)
+                other = self.delta.flatten(0, 1).T @ columns
+                product += other.view(len(other), K, -1).transpose(0, 1)
+        self.dx = None
+        return [dx], [product, None if bias is None else delta.sum((0, 2))]
+
+
+class Activation(Dual):
+    """y = f(x), elementwise; f′ and f″ by autograd once for all columns."""
+
+    def __init__(self, f: Call, x: Tensor) -> None:
+        with torch.enable_grad():
+            point = x.detach().requires_grad_()
+            y = f(point.clone())  # the clone is what an in-place f may overwrite
+            (first,) = torch.autograd.grad(y.sum(), point, create_graph=True)
+            second = torch.autograd.grad(first.sum(), point, allow_unused=True)[0] if first.requires_grad else None
+        self.y, self.first, self.second = y.detach(), first.detach(), second
+        self.dx: Maybe = None
+
+    def backward(self, delta: Tensor, wanted: Sequence[bool]) -> list[Maybe]:
+        # here f″ δ is what is kept
+        self.delta = None if self.second is None else self.second * delta
+        return [self.first * delta]
+
+    def tangent(self, dxs: list[Maybe], block: list[Maybe]) -> Maybe:
+        (dx,) = dxs
+        if dx is None:
+            return None
+        self.dx = None if self.delta is None else dx
+        return self.first[:, None] * dx
+
+    def tangent_backward(self, delta: Tensor, block: list[Maybe], wanted: Sequence[bool]) -> tuple[list[Maybe], list[Maybe]]:
+        # δ̇_x = f′ δ̇ + f″ δ ẋ
+        dx = self.first[:, None] * delta
+        if self.delta is not None and self.dx is not None:
+            dx.addcmul_(self.delta[:, None], self.dx)
+        self.dx = None
+        return [dx], []
+
+
+class PiecewiseLinear(Activation):
+    """y = x where x > 0, slope·x elsewhere."""
+
+    def __init__(self, slope: float, x: Tensor) -> None:
+        self.first = torch.full_like(x, slope).masked_fill_(x > 0, 1)
+        self.y, self.second, self.dx = x * self.first, None, None
+
+
+class MaxPool(Dual):
+    """y = the largest of f(x) in each window, or x itself at those places where `bare`: then f can follow on fewer numbers.
+
+    find(f(x)) → (maxima, their places in the flattened spatial dimensions), as torch's return_indices gives them.
+    """
+
+    def __init__(self, find: Callable[[Tensor], tuple[Tensor, Tensor]], overlap: bool, f: Call | None, x: Tensor) -> None:
+        self.overlap, self.shape = overlap, x.shape
+        self.y, places = find(x if f is None else f(x.clone()))
+        self.out = self.y.shape
+        self.places = places.flatten(2)
+        if f is not None:
+            self.y = x.flatten(2).gather(2, self.places).view(self.out)
+
+    def backward(self, delta: Tensor, wanted: Sequence[bool]) -> list[Maybe]:
+        return [self._scatter(delta[:, None])[:, 0]]
+
+    def tangent(self, dxs: list[Maybe], block: list[Maybe]) -> Maybe:
+        (dx,) = dxs
+        if dx is None:
+            return None
+        return dx.flatten(3).gather(3, self._spread(dx.shape[1])).view(*dx.shape[:2], *self.out[1:])
+
+    def tangent_backward(self, delta: Tensor, block: list[Maybe], wanted: Sequence[bool]) -> tuple[list[Maybe], list[Maybe]]:
+        return [self._scatter(delta)], []
+
+    def _scatter(self, delta: Tensor) -> Tensor:
+        K = delta.shape[1]
+        dx = delta.new_zeros(len(delta), K, self.shape[1], math.prod(self.shape[2:]))
+        add = dx.scatter_add_ if self.overlap else dx.scatter_
+        return add(3, self._spread(K), delta.flatten(3)).view(len(delta), K, *self.shape[1:])
+
+    def _spread(self, num_columns: int) -> Tensor:
+        return self.places[:, None].expand(-1, num_columns, -1, -1)
+
+
+class LinearMap(Dual):
+    """y = f(x), linear in x and without parameters (average pooling, means): its own derivative."""
+
+    def __init__(self, f: Call, x: Tensor) -> None:
+        self.f, self.shape = f, x.shape
+        self.y = f(x)
+        self.graph: tuple[Tensor, Tensor] | None = None
+
+    def backward(self, delta: Tensor, wanted: Sequence[bool]) -> list[Maybe]:
+        return [self._transposed(delta)]
+
+    def tangent(self, dxs: list[Maybe], block: list[Maybe]) -> Maybe:
+        (dx,) = dxs
+        return None if dx is None else self.f(dx.flatten(0, 1)).unflatten(0, dx.shape[:2])
+
+    def tangent_backward(self, delta: Tensor, block: list[Maybe], wanted: Sequence[bool]) -> tuple[list[Maybe], list[Maybe]]:
+        return [self._transposed(delta.flatten(0, 1)).unflatten(0, delta.shape[:2])], []
+
+    def _transposed(self, delta: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = delta.new_zeros(len(delta), *self.shape[1:]).requires_grad_()
+            return torch.autograd.grad(self.f(x), x, delta)[0]
+
+
+class Reshape(Dual):
+    """The same numbers of each sample in another shape."""
+
+    def __init__(self, x: Tensor, shape: Sequence[int]) -> None:
+        self.before, self.after = x.shape[1:], tuple(shape)
+        self.y = x.reshape(len(x), *shape)
+
+    def backward(self, delta: Tensor, wanted: Sequence[bool]) -> list[Maybe]:
+        return [delta.reshape(len(delta), *self.before)]
+
+    def tangent(self, dxs: list[Maybe], block: list[Maybe]) -> Maybe:
+        (dx,) = dxs
+        return None if dx is None else dx.reshape(*dx.shape[:2], *self.after)
+
+    def tangent_backward(self, delta: Tensor, block: list[Maybe], wanted: Sequence[bool]) -> tuple[list[Maybe], list[Maybe]]:
+        return [delta.reshape(*delta.shape[:2], *self.before)], []
+
+
+class Sum(Dual):
+    """y = x₁ + x₂, of one shape."""
+
+    def __init__(self, x: Tensor, other: Tensor) -> None:
+        self.y = x + other
+
+    def backward(self, delta: Tensor, wanted: Sequence[bool]) -> list[Maybe]:
+        return [delta, delta]
+
+    def tangent(self, dxs: list[Maybe], block: list[Maybe]) -> Maybe:
+        x, other = dxs
+        return _add(x, other, in_place=False)
+
+    def tangent_backward(self, delta: Tensor, block: list[Maybe], wanted: Sequence[bool]) -> tuple[list[Maybe], list[Maybe]]:
+        return [delta, delta], []
+
+
+class Norm(Dual):
+    """y = γ n + β, n = (x − μ)/σ over groups of m neighbouring numbers of a sample; with given μ, σ (BatchNorm) affine.
+
+    rows: the groups of a sample, 0 where the statistics are given as `fixed` = (μ, 1/σ), shaped to broadcast with x.
+    affine: the shape in which γ and β broadcast with a sample of x.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        rows: int,
+        eps: float,
+        fixed: tuple[Tensor, Tensor] | None,
+        affine: Sequence[int],
+        gamma: Maybe,
+        beta: Maybe,
+    ) -> None:
+        self.shape, self.rows, self.affine = x.shape, rows, tuple(affine)
+        self.has_beta, self.parameter_shape = beta is not None, None if gamma is None else gamma.shape
+        if fixed is None:
+            groups = x.reshape(len(x), rows, -1)
+            centred = groups - groups.mean(-1, keepdim=True)
+            self.scale = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+            self.n = centred * self.scale
+        else:
+            self.scale = fixed[1]
+            self.n = (x - fixed[0]) * self.scale
+        self.fixed = fixed is not None
+        self.gamma = torch.ones((), dtype=x.dtype, device=x.device) if gamma is None else gamma.view(self.affine)
+        n = self.n.view(x.shape)
+        self.y = self.gamma * n + (0 if beta is None else beta.view(self.affine))
+        self.moved: Maybe = None
+
+    def backward(self, delta: Tensor, wanted: Sequence[bool]) -> list[Maybe]:
+        self.delta = delta
+        return [self._project(self._grouped((self.gamma * delta)[:, None])).view_as(delta) if wanted[0] else None]
+
+    def gradients(self, delta: Tensor) -> list[Maybe]:
+        if self.parameter_shape is None:
+            return []
+        weight, bias = (self._to_parameter((part)[:, None])[0] for part in (delta * self.n.view(self.shape), delta))
+        return [weight, bias if self.has_beta else None]
+
+    def tangent(self, dxs: list[Maybe], block: list[Maybe]) -> Maybe:
+        (dx,) = dxs
+        gamma, beta = block or [None, None]
+        self.dx = None if dx is None else self._grouped(dx)
+        self.moved = None if self.dx is None else self._project(self.dx)
+        y = None if dx is None or self.moved is None else self.gamma * self.moved.view_as(dx)
+        if gamma is not None:
+            y = _add(y, gamma.view(-1, *self.affine) * self.n.view(self.shape)[:, None])
+        if beta is not None:
+            y = _add(y, beta.view(1, -1, *self.affine).expand(len(self.n), -1, *self.shape[1:]))
+        return y
+
+    def tangent_backward(self, delta: Tensor, block: list[Maybe], wanted: Sequence[bool]) -> tuple[list[Maybe], list[Maybe]]:
+        gamma, beta = block or [None, None]
+        dx: Maybe = None
+        products: list[Maybe] = [None, None] if block else []
+        if wanted[0]:
+            inner = self.gamma * delta
+            if gamma is not None and self.delta is not None:
+                inner = inner + gamma.view(-1, *self.affine) * self.delta[:, None]
+            dx = self._project(self._grouped(inner))
+            if self.delta is not None and self.moved is not None and self.dx is not None and not self.fixed:
+                # J = (I − 11ᵀ/m − nnᵀ/m)/σ, and J̇ δ_n with σ̇ = mean(n ẋ)
+                own = self._grouped((self.gamma * self.delta)[:, None])
+                n, scale = self.n[:, None], self.scale[:, None]
+                dx -= scale * (n * self.dx).mean(-1, keepdim=True) * self._project(own)
+                dx -= scale * self.moved * (n * own).mean(-1, keepdim=True)
+                dx -= scale * n * (self.moved * own).mean(-1, keepdim=True)
+            dx = dx.view_as(delta)
+        if gamma is not None:
+            whole = delta * self.n.view(self.shape)[:, None]
+            if self.delta is not None and self.moved is not None:
+                whole += self.moved.view_as(delta) * self.delta[:, None]
+            products[0] = self._to_parameter(whole)
+        if beta is not None:
+            products[1] = self._to_parameter(delta)
+        self.dx = self.moved = None
+        return [dx], products
+
+    def _grouped(self, v: Tensor) -> Tensor:
+        return v if self.fixed else v.reshape(*v.shape[:2], self.rows, -1)
+
+    def _project(self, v: Tensor) -> Tensor:
+        """J v = (v − mean(v) − n mean(n v))/σ, symmetric; v grouped, [B, K, rows, m]."""
+        if self.fixed:
+            return v * self.scale
+        n = self.n[:, None]
+        return self.scale[:, None] * (v - v.mean(-1, keepdim=True) - n * (n * v).mean(-1, keepdim=True))
+
+    def _to_parameter(self, v: Tensor) -> Tensor:
+        """Σ over samples and over what a parameter is spread, [K, *shape]."""
+        assert self.parameter_shape is not None
+        return v.sum(0).sum_to_size(v.shape[1], *self.affine).reshape(v.shape[1], *self.parameter_shape)
+
+
+def _to_bias(delta: Tensor) -> Tensor:
+    return delta.flatten(2).sum((0, 2))
+
+
+def _to_groups(v: Tensor, G: int) -> Tensor:
+    """[B, K, G·C, ...] → [B, G·K·C, ...], a view where there is one group."""
+    return v.unflatten(2, (G, -1)).transpose(1, 2).flatten(1, 3)
+
+
+def _from_groups(v: Tensor, G: int, K: int) -> Tensor:
+    """[B, G·K·C, ...] → [B, K, G·C, ...], a view where there is one group."""
+    return v.unflatten(1, (G, K, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _add(x: Maybe, other: Maybe, in_place: bool = True) -> Maybe:
+    if x is None or other is None:
+        return other if x is None else x
+    return x.add_(other) if in_place else x + other
+
+
+def _spread(bias: Tensor, like: Tensor, last: bool = False) -> Tensor:
+    """A bias's tangent [K, O] over the output like [B, O, ...] (or [B, ..., O]), as [B, K, ...]."""
+    between = like.ndim - 2
+    shape = (1, len(bias), *([1] * between), bias.shape[1]) if last else (1, len(bias), bias.shape[1], *([1] * between))
+    return bias.view(shape).expand(len(like), -1, *like.shape[1:])
+
+
+def _add_bias(y: Maybe, bias: Maybe, like: Tensor) -> Maybe:
+    return y if bias is None else _add(y, _spread(bias, like))
