@@ -6,7 +6,7 @@ from cases import make_case, schedule, standard_run, train
 from torch import nn
 
 import dit_fast
-from dit_fast import queries, reference
+from dit_fast import plan, queries, reference
 
 WINDOWS = [(0, 7), (2, 5), (0, 3)]
 NEVER_VISITED = [7, 11]  # by standard_run
@@ -173,3 +173,13 @@ def test_the_guard_stands_before_retraining_and_can_be_passed(run):
     with pytest.raises(ValueError, match="does not reproduce step 0"):
         dit_fast.leave_one_out(run.trajectory(), run.problem(l2=0.5), loss(run))
     dit_fast.leave_one_out(run.trajectory(), run.problem(l2=0.5), loss(run), sample_ids=[0], check=False)
+
+
+def test_convolutions_of_large_batches_go_one_by_one(monkeypatch):
+    run = standard_run("cnn")
+    arguments = run.trajectory(), run.problem(), loss(run), [(0, 7), (3, 7)]
+    together = dit_fast.leave_one_out(*arguments)
+    monkeypatch.setattr(plan, "CACHED_GRAPH_BYTES", 0)
+    alone = dit_fast.leave_one_out(*arguments)
+    assert (together.meta["vmapped"], alone.meta["vmapped"]) == (True, False)
+    assert (together.scores - alone.scores).abs().max() < 1e-13

@@ -28,7 +28,7 @@ class LogEstimate:
     num_chunks: files of parameters; steps_per_chunk: in a full one, which is what a killed run loses at most.
     memory_bytes: what the Recorder holds on the host during the run, all of its buffers filled.
     state_replayed: whether the optimizer has a state, stored where a segment begins only. For Adam and AdamW, scores replay it
-        in between; for SGD only the check of three steps does, or the replay of parameters. parameters_replayed: whether
+        in between; for SGD only the check of a few steps does, or the replay of parameters. parameters_replayed: whether
         these are replayed, which is so with every > 1. Replay in scores costs about one training run more for each sweep.
     """
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_fast import native_retrain, plan, queries
 from dit_fast.byte_sizes import format_bytes
@@ -111,7 +111,7 @@ def _changes(
     order = sorted((j for j in range(len(removed)) if first[j] < ends[-1]), key=lambda j: first[j])
     if not order:
         return changes, {"models": 0}
-    mapper = _Mapper(ev.trajectory.rng is None)
+    mapper = _Mapper(ev.trajectory.rng is None and not _convolves_much(ev))
     compiled, why = choose_backend(ev, backend, mapper)
     size = models_at_once(ev, budget)
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
@@ -299,6 +299,14 @@ def _first_visits(ev: Evaluator, removed: list[Tensor], last: int) -> list[int]:
     return torch.full((len(removed),), last).scatter_reduce(0, models, visits, "amin").tolist()
 
 
+def _convolves_much(ev: Evaluator) -> bool:
+    """Whether models are faster one by one: torch turns the convolutions of several models into grouped ones, which on the
+    CPU took twice the time where a batch fills the caches by itself (28×28, 8 channels, batch 64), and a fortieth where it
+    does not (8×8, batch 16)."""
+    convolutions = any(isinstance(module, nn.modules.conv._ConvNd) for module in ev.problem.model.modules())
+    return convolutions and ev.device.type == "cpu" and _saved_bytes(ev) > plan.CACHED_GRAPH_BYTES
+
+
 def models_at_once(ev: Evaluator, budget: int) -> int:
     """Models that advance together; ValueError where not one fits."""
     one = bytes_per_model(ev)
@@ -309,6 +317,12 @@ def models_at_once(ev: Evaluator, budget: int) -> int:
 
 def bytes_per_model(ev: Evaluator) -> int:
     """What a model advancing takes: its parameters, changes, gradients, and the activations of one batch."""
+    # d, θ + d, gradient and its difference; the saved activations and as much again on the way back
+    return (4 + 3 * len(ev.trajectory.slots)) * ev.num_parameters * ev.dtype.itemsize + 2 * _saved_bytes(ev)
+
+
+def _saved_bytes(ev: Evaluator) -> int:
+    """The activations that one batch's graph keeps for its backward pass."""
     params, batch = ev.params(0), ev.batches(0)[0]
     saved = 0
 
@@ -319,5 +333,4 @@ def bytes_per_model(ev: Evaluator) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         ev.losses({name: value.detach().requires_grad_() for name, value in params.items()}, batch)
-    # d, θ + d, gradient and its difference; the saved activations and as much again on the way back
-    return (4 + 3 * len(ev.trajectory.slots)) * ev.num_parameters * ev.dtype.itemsize + 2 * saved
+    return saved
