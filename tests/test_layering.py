@@ -21,6 +21,7 @@ ALLOWED = {
     "analysis": "",
     "data": "",
     "mlp": "",
+    "factored": "",
     "ops": "_C mlp",
     "ops_torch": "mlp",
     "modules": "errors",
