@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "dit_fast"
-MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("integrations/*.py")])
+}
 CXX_SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu"})
 
 # module: what it may import of dit_fast, lower layers first. A new module gets a line of its own here.
@@ -69,6 +72,9 @@ ALLOWED = {
     "__init__": (
         "data errors estimate log_size ops optimizers problem queries recorder reference result retrain score trajectory"
     ),
+    "integrations.__init__": "",
+    "integrations.transformers": "errors recorder",
+    "integrations.lightning": "errors recorder",
     "plots": "analysis result",
     "demo": "__init__ analysis",
     "cli": "errors",
