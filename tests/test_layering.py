@@ -18,7 +18,6 @@ ALLOWED = {
     "byte_sizes": "",
     "progress": "",
     "numerics": "",
-    "analysis": "",
     "data": "",
     "mlp": "",
     "factored": "",
@@ -47,6 +46,10 @@ ALLOWED = {
     "replay": "errors optimizers problem",
     "guard": "errors problem replay",
     "result": "trajectory",
+    "curves": "result trajectory",
+    "patterns": "curves",
+    "correlation": "curves patterns result",
+    "detection": "result",
     # how it is answered
     "linearize": "data errors problem",
     "plan": "byte_sizes linearize problem trajectory",
@@ -66,10 +69,12 @@ ALLOWED = {
     "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
     "reference": "data problem progress queries result trajectory",
     # what users meet
+    "analysis": "correlation curves detection patterns",
     "__init__": (
-        "data errors estimate log_size ops optimizers problem queries recorder reference result retrain score trajectory"
+        "analysis data errors estimate log_size ops optimizers problem queries recorder reference result retrain score "
+        "trajectory"
     ),
-    "plots": "analysis result",
+    "plots": "correlation curves detection patterns result",
     "demo": "__init__ analysis",
     "cli": "errors",
     "__main__": "cli",

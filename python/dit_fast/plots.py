@@ -5,18 +5,28 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
-from dit_fast.analysis import detection_curve
+from dit_fast import curves as over_time
+from dit_fast.correlation import stage_correlation
+from dit_fast.curves import Curves
+from dit_fast.detection import detection_curve
+from dit_fast.patterns import PatternRule
+from dit_fast.patterns import patterns as sort_by_pattern
 from dit_fast.result import Influence
 
 # of a heat map; the figure is about twice as many pixels wide
 MAX_COLUMNS = 400
+# windows up to which points are marked, named on a matrix's side, and written into its cells
+MARKED, MAX_NAMES, MAX_NUMBERS = 30, 30, 12
+PATTERN_COLOURS = {"early": "C0", "late": "C1", "stable": "C2", "fluctuating": "C3", "negligible": "0.7"}
 
 
-def heatmap(result: Influence, query: int = 0) -> Figure:
+def heatmap(result: Influence, query: int | str = 0) -> Figure:
     """Windows × samples of one query, samples sorted by the sum of their scores; red helps a loss, blue harms it."""
+    query = result.query_index(query)
     scores = result.scores[:, query].numpy()
     num_windows, num_samples = scores.shape
     order = np.argsort(scores.sum(0), kind="stable")
@@ -42,6 +52,78 @@ def heatmap(result: Influence, query: int = 0) -> Figure:
     bar = figure.colorbar(image, ax=axes, label="score (unit of the query)")
     bar.set_ticks(ticks, labels=[f"{value:.0e}" if value else "0" for value in ticks])
     bar.minorticks_off()
+    return figure
+
+
+def curves(result: Influence, query: int | str = 0, k: int = 5, *, sample_ids: Any = None, cumulative: bool = False) -> Figure:
+    """The k most helpful (red) and k most harmful (blue) samples by the sum over windows, or `sample_ids`, over the steps."""
+    found = over_time.curves(result, query, cumulative=cumulative)
+    helpful, harmful = _chosen(found, k, sample_ids)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    marker = "o" if len(found.windows) <= MARKED else ""
+    for ids, colours in ((helpful, "Reds"), (harmful, "Blues")):
+        shades = colormaps[colours](np.linspace(0.9, 0.45, max(len(ids), 1)))
+        for j, colour in zip(ids, shades, strict=False):
+            axes.plot(found.positions, found.of(j), marker=marker, markersize=4, color=colour, label=str(j))
+    axes.axhline(0, color="0.4", linewidth=0.8)
+    axes.set(xlabel="step", ylabel="score, summed up to there" if cumulative else "score in a window")
+    axes.set_title(f"Change of {found.query} when a sample is removed")
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axes.grid(alpha=0.3)
+    if helpful or harmful:
+        axes.legend(title="sample", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure
+
+
+def patterns(result: Influence, query: int | str = 0, *, rule: PatternRule | None = None) -> Figure:
+    """The share of each pattern of influence over time, and where in the run its samples' influence lies, on average."""
+    found = sort_by_pattern(result, query, rule=rule)
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.6))
+    names = list(found.shares)
+    bars = left.barh(names, [100 * share for share in found.shares.values()], color=[PATTERN_COLOURS[n] for n in names])
+    left.bar_label(bars, [f"{share:.1%} ({found.counts[n]:,})" for n, share in found.shares.items()], padding=3)
+    left.invert_yaxis()
+    left.set(xlabel="share of samples (%)", xlim=(0, 1.45 * max(100 * max(found.shares.values()), 1)))
+    left.set_title(f"{len(found.labels):,} samples")
+    marker = "o" if len(found.curves.windows) <= MARKED else ""
+    for name, curve in found.mean_curves().items():
+        if found.counts[name] and name != "negligible":
+            right.plot(found.curves.midpoints, 100 * curve, marker=marker, color=PATTERN_COLOURS[name], label=name)
+    right.set(xlabel="step", ylabel="share of a sample's |influence| (%)", ylim=(0, None))
+    right.set_title("When it matters, on average")
+    right.grid(alpha=0.3)
+    if right.lines:
+        right.legend()
+    figure.suptitle(f"Patterns of influence on {found.curves.query}")
+    return figure
+
+
+def stages(result: Influence, kind: str = "kendall", query: int | str = 0, *, k: int | None = None) -> Figure:
+    """The correlation between the scores of any two windows, as a matrix; constant windows are left grey."""
+    found = stage_correlation(result, kind, query, k=k)
+    size = len(found.names)
+    side = min(max(4.0, 0.42 * size + 2.4), 11.0)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = figure.subplots()
+    axes.set_facecolor("0.85")
+    low = 0.0 if kind == "jaccard" else -1.0
+    image = axes.imshow(found.matrix, vmin=low, vmax=1, cmap="viridis" if kind == "jaccard" else "RdBu_r")
+    every = math.ceil(size / MAX_NAMES)
+    places, names = range(0, size, every), found.names[::every]
+    axes.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(places, names)
+    if size <= MAX_NUMBERS:
+        for (i, j), value in np.ndenumerate(found.matrix):
+            dark = abs(value) > 0.6 if kind != "jaccard" else value < 0.5
+            text = "–" if np.isnan(value) else f"{value:.2f}"
+            axes.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    label = {"kendall": "Kendall's τ", "spearman": "Spearman's ρ", "pearson": "Pearson's r"}.get(
+        kind, f"Jaccard of top {found.k}"
+    )
+    figure.colorbar(image, ax=axes, label=label, shrink=0.8)
+    axes.set_title(f"Scores of two windows alike?\n{found.num_samples:,} samples, {result.queries[result.query_index(query)]}")
     return figure
 
 
@@ -74,3 +156,18 @@ def agreement(pairs: Mapping[str, tuple[Any, Any]]) -> Figure:
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left")
     return figure
+
+
+def _chosen(found: Curves, k: int, sample_ids: Any) -> tuple[list[int], list[int]]:
+    """The ids shown as helpful and as harmful, the largest of each first; 0 is neither."""
+    last = found.values[-1] if found.cumulative else found.values.sum(0)
+    places = np.arange(len(last))
+    if sample_ids is not None:
+        wanted = np.atleast_1d(np.asarray(sample_ids)).tolist()
+        for j in wanted:
+            found.of(j)
+        places = np.flatnonzero(np.isin(found.sample_ids, wanted))
+        k = len(places)
+    order = places[np.argsort(-last[places], kind="stable")]
+    helpful, harmful = [j for j in order if last[j] > 0][:k], [j for j in order[::-1] if last[j] < 0][:k]
+    return [int(found.sample_ids[j]) for j in helpful], [int(found.sample_ids[j]) for j in harmful]
