@@ -21,7 +21,6 @@ ALLOWED = {
     "byte_sizes": "",
     "progress": "",
     "numerics": "",
-    "analysis": "",
     "data": "",
     "mlp": "",
     "factored": "",
@@ -50,6 +49,10 @@ ALLOWED = {
     "replay": "errors optimizers problem",
     "guard": "errors problem replay",
     "result": "trajectory",
+    "curves": "result trajectory",
+    "patterns": "curves",
+    "correlation": "curves patterns result",
+    "detection": "result",
     # how it is answered
     "linearize": "data errors problem",
     "plan": "byte_sizes linearize problem trajectory",
@@ -68,14 +71,19 @@ ALLOWED = {
     ),
     "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
     "reference": "data problem progress queries result trajectory",
+    "suspects": "data plan problem progress queries replay result score trajectory",
+    "datamodeling": "correlation curves problem queries result retrain score trajectory",
+    "cleaning": "data detection guard plan problem progress replay suspects trajectory",
     # what users meet
+    "analysis": "cleaning correlation curves datamodeling detection patterns suspects",
     "__init__": (
-        "data errors estimate log_size ops optimizers problem queries recorder reference result retrain score trajectory"
+        "analysis data errors estimate log_size ops optimizers problem queries recorder reference result retrain score "
+        "trajectory"
     ),
     "integrations.__init__": "",
     "integrations.transformers": "errors recorder",
     "integrations.lightning": "errors recorder",
-    "plots": "analysis result",
+    "plots": "correlation curves detection patterns result",
     "demo": "__init__ analysis",
     "cli": "errors",
     "__main__": "cli",

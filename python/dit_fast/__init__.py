@@ -12,7 +12,7 @@ Unit: the query's. Alphabet of shapes: T steps, N training samples, B batch, P p
 Q queries, S positions in a sequence, I/O in and out features, R rank.
 """
 
-from dit_fast import queries, reference
+from dit_fast import analysis, queries, reference
 from dit_fast.data import with_ids
 from dit_fast.errors import LogError, UnsupportedError
 from dit_fast.estimate import RetrainEstimate, ScoreEstimate, estimate_score
@@ -39,6 +39,7 @@ __all__ = [
     "ScoreEstimate",
     "Trajectory",
     "UnsupportedError",
+    "analysis",
     "build_info",
     "estimate_log",
     "estimate_score",

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,11 +122,26 @@ class Influence:
             }
         )
 
-    def plot(self, query: int | str = 0) -> "matplotlib.figure.Figure":
-        """A heat map of one query's scores, windows × samples, sorted by their total (needs matplotlib)."""
-        from dit_fast import plots
+    def select(self, windows: Any = None, queries: Any = None) -> "Influence":
+        """The same with some windows and query values alone, in the order asked for.
 
-        return plots.heatmap(self, self.query_index(query))
+        windows, queries: a slice, or one or several numbers (negative from the end) or names; None = all. ValueError where
+        there is none of that name or number, or nothing is left.
+        """
+        rows = _chosen(windows, len(self.windows), self.window_index, "windows")
+        columns = _chosen(queries, len(self.queries), self.query_index, "queries")
+        return replace(
+            self,
+            scores=self.scores[rows][:, columns],
+            windows=[self.windows[i] for i in rows],
+            queries=[self.queries[i] for i in columns],
+            retrained=self.retrained[rows][:, columns],
+        )
+
+    @property
+    def plot(self) -> "Plot":
+        """Figures of this result: `plot.heatmap()`, `.curves()`, `.patterns()`, `.stages()`; `plot()` is the heat map."""
+        return Plot(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file with everything; whole or not at all."""
@@ -191,3 +206,53 @@ class Influence:
         if "refined" in self.meta:
             how.append(f"{self.meta['refined']} scores true by retraining")
         return how
+
+
+@dataclass(frozen=True)
+class Plot:
+    """The figures of a result, each a matplotlib Figure (needs matplotlib): `figure.savefig("x.png")`, or ".svg"."""
+
+    result: Influence
+
+    def __call__(self, query: int | str = 0) -> "matplotlib.figure.Figure":
+        """`heatmap`."""
+        return self.heatmap(query)
+
+    def heatmap(self, query: int | str = 0) -> "matplotlib.figure.Figure":
+        """One query's scores, windows × samples, sorted by their total."""
+        return _plots().heatmap(self.result, query)
+
+    def curves(
+        self, query: int | str = 0, k: int = 5, *, sample_ids: Any = None, cumulative: bool = False
+    ) -> "matplotlib.figure.Figure":
+        """The k most helpful and k most harmful samples (by the sum over windows), or `sample_ids`, over the steps of the run.
+
+        The windows must follow one another, as in `analysis.curves`; `select` leaves others out.
+        """
+        return _plots().curves(self.result, query, k, sample_ids=sample_ids, cumulative=cumulative)
+
+    def patterns(self, query: int | str = 0, *, rule: Any = None) -> "matplotlib.figure.Figure":
+        """The share of each pattern, and where in time its samples' influence lies; rule: an `analysis.PatternRule`."""
+        return _plots().patterns(self.result, query, rule=rule)
+
+    def stages(self, kind: str = "kendall", query: int | str = 0, *, k: int | None = None) -> "matplotlib.figure.Figure":
+        """The correlation between the scores of any two windows, as a matrix; kind and k as `analysis.stage_correlation`."""
+        return _plots().stages(self.result, kind, query, k=k)
+
+
+def _plots() -> Any:
+    try:
+        from dit_fast import plots
+    except ImportError as error:
+        raise ImportError(f"figures need matplotlib: pip install 'dit_fast[demo]' ({error})") from error
+    return plots
+
+
+def _chosen(asked: Any, size: int, index: Callable[[Any], int], what: str) -> list[int]:
+    if asked is None or isinstance(asked, slice):
+        found = list(range(size))[asked or slice(None)]
+    else:
+        found = [index(item) for item in ([asked] if isinstance(asked, int | str) else asked)]
+    if not found:
+        raise ValueError(f"{what}={asked!r} leaves nothing: there are {size}")
+    return found
