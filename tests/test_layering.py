@@ -44,13 +44,21 @@ ALLOWED = {
     # what is asked of it
     "problem": "data errors log modules numerics trajectory",
     "queries": "data problem",
-    "replay": "errors optimizers problem",
+    "replay": "errors optimizers problem trajectory",
     "guard": "errors problem replay",
     "result": "trajectory",
     # how it is answered
     "linearize": "data errors problem",
     "plan": "byte_sizes linearize problem trajectory",
     "sweep": "errors plan problem replay",
+    # factors
+    "factor_products": "factored ops",
+    "factor_run": "errors factor_products factored linearize problem replay trajectory",
+    "fused": "errors factor_products factor_run plan sweep",
+    "gram": "byte_sizes errors factor_products factor_run factored fused plan sweep trajectory",
+    "logged": (
+        "factor_products factor_run fused gram linearize numerics plan problem progress queries replay result sweep trajectory"
+    ),
     "recognize": "mlp problem",
     "native": "data errors linearize log mlp ops optimizers plan problem queries recognize sweep",
     "factors": "linearize ops problem sweep",
@@ -60,7 +68,7 @@ ALLOWED = {
     "layerwise": "data duals layers linearize problem recognize sweep",
     "retrain": ("byte_sizes data guard native native_retrain plan problem progress queries recognize replay result trajectory"),
     "score": (
-        "factors guard layerwise linearize native plan problem progress queries recognize replay result retrain sweep "
+        "factors guard layerwise linearize logged native plan problem progress queries recognize replay result retrain sweep "
         "trajectory"
     ),
     "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
