@@ -73,6 +73,10 @@ ALLOWED = {
     ),
     "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
     "reference": "data problem progress queries result trajectory",
+    "index": (
+        "byte_sizes errors factor_products factor_run linearize logged numerics plan problem progress queries replay result "
+        "trajectory"
+    ),
     # what users meet
     "__init__": (
         "data errors estimate log_size ops optimizers problem queries recorder reference result retrain score trajectory"
@@ -83,7 +87,7 @@ ALLOWED = {
     "__main__": "cli",
 }
 # imports inside functions or for type checkers alone, which keep matplotlib, torch or a cycle out of `import dit_fast`
-LAZY = {"result": "plots", "score": "estimate", "demo": "plots", "cli": "__init__ demo log"}
+LAZY = {"trajectory": "index", "result": "plots", "score": "estimate", "demo": "plots", "cli": "__init__ demo log"}
 # the slow truth shares no code with what it judges
 NOT_IN_REFERENCE = (
     "ops optimizers score estimate sweep linearize layerwise native native_retrain recognize plan factors replay retrain "
