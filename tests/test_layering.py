@@ -24,8 +24,9 @@ ALLOWED = {
     "data": "",
     "mlp": "",
     "factored": "",
-    "ops": "_C mlp",
-    "ops_torch": "mlp",
+    "lowrank": "",
+    "ops": "_C lowrank mlp",
+    "ops_torch": "lowrank mlp",
     "modules": "errors",
     # the log
     "ranks": "errors",
@@ -46,7 +47,7 @@ ALLOWED = {
     # what is asked of it
     "problem": "data errors log modules numerics trajectory",
     "queries": "data problem",
-    "replay": "errors optimizers problem",
+    "replay": "errors optimizers problem trajectory",
     "guard": "errors problem replay",
     "result": "trajectory",
     "curves": "result trajectory",
@@ -57,6 +58,14 @@ ALLOWED = {
     "linearize": "data errors problem",
     "plan": "byte_sizes linearize problem trajectory",
     "sweep": "errors plan problem replay",
+    # factors
+    "factor_products": "factored ops",
+    "factor_run": "errors factor_products factored linearize problem replay trajectory",
+    "fused": "errors factor_products factor_run plan sweep",
+    "gram": "byte_sizes errors factor_products factor_run factored fused plan sweep trajectory",
+    "logged": (
+        "factor_products factor_run fused gram linearize numerics plan problem progress queries replay result sweep trajectory"
+    ),
     "recognize": "mlp problem",
     "native": "data errors linearize log mlp ops optimizers plan problem queries recognize sweep",
     "factors": "linearize ops problem sweep",
@@ -66,7 +75,7 @@ ALLOWED = {
     "layerwise": "data duals layers linearize problem recognize sweep",
     "retrain": ("byte_sizes data guard native native_retrain plan problem progress queries recognize replay result trajectory"),
     "score": (
-        "factors guard layerwise linearize native plan problem progress queries recognize replay result retrain sweep "
+        "factors guard layerwise linearize logged native plan problem progress queries recognize replay result retrain sweep "
         "trajectory"
     ),
     "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
@@ -74,6 +83,10 @@ ALLOWED = {
     "suspects": "data plan problem progress queries replay result score trajectory",
     "datamodeling": "correlation curves problem queries result retrain score trajectory",
     "cleaning": "data detection guard plan problem progress replay suspects trajectory",
+    "index": (
+        "byte_sizes errors factor_products factor_run linearize logged numerics plan problem progress queries replay result "
+        "trajectory"
+    ),
     # what users meet
     "analysis": "cleaning correlation curves datamodeling detection patterns suspects",
     "__init__": (
@@ -89,7 +102,7 @@ ALLOWED = {
     "__main__": "cli",
 }
 # imports inside functions or for type checkers alone, which keep matplotlib, torch or a cycle out of `import dit_fast`
-LAZY = {"result": "plots", "score": "estimate", "demo": "plots", "cli": "__init__ demo log"}
+LAZY = {"trajectory": "index", "result": "plots", "score": "estimate", "demo": "plots", "cli": "__init__ demo log"}
 # the slow truth shares no code with what it judges
 NOT_IN_REFERENCE = (
     "ops optimizers score estimate sweep linearize layerwise native native_retrain recognize plan factors replay retrain "

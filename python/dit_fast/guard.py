@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_fast.errors import UnsupportedError
 from dit_fast.problem import Evaluator, Params
-from dit_fast.replay import CAUSES, Replay, advance, batch_gradient, gradient_noise, rounding_of
+from dit_fast.replay import CAUSES, Replay, advance, gradient_noise, rounding_of
 
 # a step must be met within this share of its length, beside the rounding of the parameters themselves
 STEP_TOLERANCE = 1e-4
@@ -30,7 +30,7 @@ def check_problem(ev: Evaluator, last: int, replay: Replay) -> None:
             continue
         point = replay.at(t)
         params, logged = point.params, ev.params(t + 1)
-        gradient = batch_gradient(ev, t, params)
+        gradient = ev.batch_gradient(t, params)
         predicted = advance(ev, t, point, gradient).params
         error = _norm({name: predicted[name] - logged[name] for name in logged})
         step = _norm({name: logged[name] - params[name] for name in logged})

@@ -39,24 +39,30 @@ def columns(windows: Sequence[Window], num_queries: int) -> tuple[list[Column], 
     One column per (window, query), or per (distinct non-zero endpoint, query) with S[t1, t2) = S(t2) − S(t1), whichever
     are fewer.
     """
-    endpoints = sorted({t for w in windows for t in (w.start, w.stop)} - {0}, reverse=True)
-    queries = range(num_queries)
-    if len(endpoints) < len(windows):
-        made = [Column(q, stop) for stop in endpoints for q in queries]
-    else:
-        spans = sorted({(w.stop, w.start) for w in windows}, reverse=True)
-        made = [Column(q, stop, start) for stop, start in spans for q in queries]
+    if len({t for w in windows for t in (w.start, w.stop)} - {0}) < len(windows):
+        return columns_by_endpoint(windows, num_queries)
+    spans = sorted({(w.stop, w.start) for w in windows}, reverse=True)
+    made = [Column(q, stop, start) for stop, start in spans for q in range(num_queries)]
     position = {column: k for k, column in enumerate(made)}
     mix = torch.zeros(len(windows) * num_queries, len(made), dtype=torch.float64)
     for i, window in enumerate(windows):
-        for q in queries:
+        for q in range(num_queries):
+            mix[i * num_queries + q, position[Column(q, window.stop, window.start)]] = 1
+    return made, mix
+
+
+def columns_by_endpoint(windows: Sequence[Window], num_queries: int) -> tuple[list[Column], Tensor]:
+    """The same, one column per (distinct non-zero endpoint, query)."""
+    endpoints = sorted({t for w in windows for t in (w.start, w.stop)} - {0}, reverse=True)
+    made = [Column(q, stop) for stop in endpoints for q in range(num_queries)]
+    position = {column: k for k, column in enumerate(made)}
+    mix = torch.zeros(len(windows) * num_queries, len(made), dtype=torch.float64)
+    for i, window in enumerate(windows):
+        for q in range(num_queries):
             row = i * num_queries + q
-            if len(endpoints) < len(windows):
-                mix[row, position[Column(q, window.stop)]] += 1
-                if window.start:
-                    mix[row, position[Column(q, window.start)]] -= 1
-            else:
-                mix[row, position[Column(q, window.stop, window.start)]] = 1
+            mix[row, position[Column(q, window.stop)]] += 1
+            if window.start:
+                mix[row, position[Column(q, window.start)]] -= 1
     return made, mix
 
 

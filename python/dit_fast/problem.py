@@ -131,15 +131,7 @@ class Evaluator:
     def describe(self) -> dict[str, Any]:
         """For result.meta, when the work is done: the log's hash, the numbers' origin, the versions, and the most memory that
         this process ever had (bytes; on a GPU, that torch ever held there)."""
-        return {
-            "log": self.trajectory.digest,
-            "steps": self.trajectory.num_steps,
-            "l2": self.l2,
-            "device": str(self.device),
-            "peak_memory": numerics.peak_memory(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "versions": {"dit_fast": own_version(), "torch": torch.__version__},
-        }
+        return description(self.trajectory, self.l2, self.device, self.dtype)
 
     @property
     def num_samples(self) -> int:
@@ -148,12 +140,7 @@ class Evaluator:
 
     def select(self, sample_ids: Any) -> Tensor:
         """The ids asked for [n] int64, all where None; TypeError or ValueError for ids that are not in the data."""
-        if sample_ids is None:
-            return torch.arange(self.num_samples)
-        ids = as_ids(sample_ids, "sample_ids")
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.num_samples):
-            raise ValueError(f"sample_ids must lie in 0..{self.num_samples - 1}, got {int(ids.min())}..{int(ids.max())}")
-        return ids
+        return selected(sample_ids, self.num_samples)
 
     @property
     def num_parameters(self) -> int:
@@ -267,6 +254,21 @@ class Evaluator:
         self.seed(batch)
         return self.call(params, lambda model: self.losses_of(model(*batch.args, **batch.kwargs), batch.target, len(batch.ids)))
 
+    def batch_gradient(self, t: int, params: Params) -> Params:
+        """g_t = Σ_b a_b ∇ℓ_b(θ), the l2 part included, over the micro-batches of step t."""
+        inputs = {name: value.detach().requires_grad_() for name, value in params.items()}
+        gradient = {name: torch.zeros_like(value) for name, value in params.items()}
+        for batch in self.batches(t):
+            total = (batch.coefficients * self.losses(inputs, batch)).sum()
+            if total.requires_grad:
+                flat = torch.autograd.grad(total, list(inputs.values()), allow_unused=True)
+                for name, piece in zip(inputs, flat, strict=True):
+                    gradient[name] += 0 if piece is None else piece
+            if self.l2:
+                for name, value in params.items():
+                    gradient[name] += self.l2 * batch.coefficients.sum() * value
+        return gradient
+
     def seed(self, batch: Batch) -> None:
         """Puts the random generator where it was before the batch's forward pass, so that dropout's masks come again."""
         if batch.rng is None:
@@ -326,6 +328,29 @@ def _match_parameters(model: nn.Module, trajectory: Trajectory) -> None:
                 )
         elif digests.get(name) != modules.tensor_digest(value):
             raise LogError(f"the model's frozen parameter '{name}' is not the one the run was logged with")
+
+
+def description(trajectory: Trajectory, l2: float, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """`Evaluator.describe`."""
+    return {
+        "log": trajectory.digest,
+        "steps": trajectory.num_steps,
+        "l2": l2,
+        "device": str(device),
+        "peak_memory": numerics.peak_memory(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "versions": {"dit_fast": own_version(), "torch": torch.__version__},
+    }
+
+
+def selected(sample_ids: Any, num_samples: int) -> Tensor:
+    """`Evaluator.select`."""
+    if sample_ids is None:
+        return torch.arange(num_samples)
+    ids = as_ids(sample_ids, "sample_ids")
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= num_samples):
+        raise ValueError(f"sample_ids must lie in 0..{num_samples - 1}, got {int(ids.min())}..{int(ids.max())}")
+    return ids
 
 
 def default_dtype(trajectory: Trajectory) -> torch.dtype:

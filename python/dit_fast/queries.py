@@ -41,7 +41,7 @@ class Query:
     label: str
     size: int | None
     parts: tuple[Part, ...] = ()
-    by_step: Mapping[int, Tensor] | None = None
+    by_step: Mapping[int, Tensor | Mapping[str, Tensor]] | None = None
     batch: Any = None
 
     def __repr__(self) -> str:
@@ -175,15 +175,34 @@ def custom(fn: Callable[[nn.Module], Tensor], name: str = "custom") -> Query:
     return Query(name, None, (Part(slice(None), value),))
 
 
-def gradients(by_step: Mapping[int, Tensor], name: str = "gradients") -> Query:
+def gradients(by_step: Mapping[int, Tensor | Mapping[str, Tensor]], name: str = "gradients") -> Query:
     """Ready gradients ∇query(θ[t]) [Q, P] (or [P]) at every window end t asked for, parameters flat in the log's order.
 
-    Good for scoring only: `leave_one_out` needs the query's value.
+    Or {step: {parameter: [Q, *shape]}}; the gradient of a parameter that is left out is taken to be 0. For projected factors
+    (`Trajectory.factor_layout`) they may also be given as projected: [Q, R] flat in the order of the layout's shapes, or by
+    parameter. Good for scoring only: `leave_one_out` needs the query's value.
     """
-    blocks = {int(t): torch.atleast_2d(torch.as_tensor(g)) for t, g in by_step.items()}
-    if len({tuple(block.shape) for block in blocks.values()}) != 1:
+    if not by_step:
+        raise ValueError("gradients needs {step: [Q, P]} for at least one step")
+    blocks: dict[int, Tensor | Mapping[str, Tensor]] = {}
+    for t, block in by_step.items():
+        if isinstance(block, Mapping):
+            blocks[int(t)] = {str(n): torch.as_tensor(g).detach() for n, g in block.items()}
+        else:
+            blocks[int(t)] = torch.atleast_2d(torch.as_tensor(block).detach())
+    counts = {_num_values(block) for block in blocks.values()}
+    flat = {block.shape[1] for block in blocks.values() if isinstance(block, Tensor)}
+    if len(counts) != 1 or len(flat) > 1 or None in counts:
         raise ValueError("gradients needs {step: [Q, P]} with the same Q and P at every step")
-    return Query(name, next(iter(blocks.values())).shape[0], by_step=blocks)
+    return Query(name, counts.pop(), by_step=blocks)
+
+
+def _num_values(block: Tensor | Mapping[str, Tensor]) -> int | None:
+    """Q of a ready gradient; None where its parts do not agree."""
+    if isinstance(block, Tensor):
+        return len(block) if block.ndim == 2 else None
+    found = {len(value) if value.ndim else None for value in block.values()}
+    return found.pop() if len(found) == 1 else None
 
 
 def values(ev: Evaluator, params: Params, query: Query) -> Tensor:
@@ -263,10 +282,24 @@ def gradients_at(ev: Evaluator, t: int, params: Params, asked: Sequence[Query]) 
     return {name: torch.cat([block[name] for block in blocks]) for name in params}
 
 
-def _ready_gradient(ev: Evaluator, t: int, by_step: Mapping[int, Tensor]) -> Params:
+def ready_at(by_step: Mapping[int, Tensor | Mapping[str, Tensor]], t: int) -> Tensor | Mapping[str, Tensor]:
+    """The ready gradients of step t; ValueError where there are none."""
     if t not in by_step:
         raise ValueError(f"queries.gradients has no gradient for step {t}, an end of a window; it has {sorted(by_step)}")
-    flat = by_step[t].to(ev.device, ev.dtype)
+    return by_step[t]
+
+
+def _ready_gradient(ev: Evaluator, t: int, by_step: Mapping[int, Tensor | Mapping[str, Tensor]]) -> Params:
+    ready = ready_at(by_step, t)
+    if isinstance(ready, Mapping):
+        for name, value in ready.items():
+            if name not in ev.shapes or value.shape[1:] != ev.shapes[name]:
+                own = f"{tuple(ev.shapes[name])} in the log" if name in ev.shapes else "not in the log"
+                raise ValueError(f"queries.gradients has {tuple(value.shape[1:])} for parameter '{name}', which is {own}")
+        size = len(next(iter(ready.values())))
+        zeros = {name: torch.zeros(size, *shape, device=ev.device, dtype=ev.dtype) for name, shape in ev.shapes.items()}
+        return zeros | {name: value.to(ev.device, ev.dtype, copy=True) for name, value in ready.items()}
+    flat = ready.to(ev.device, ev.dtype)
     if flat.shape[1] != ev.num_parameters:
         raise ValueError(f"queries.gradients has {flat.shape[1]} parameters at step {t}, the log {ev.num_parameters}")
     pieces = flat.split([shape.numel() for shape in ev.shapes.values()], dim=1)

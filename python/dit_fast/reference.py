@@ -6,7 +6,7 @@ from plain backward passes over single samples. Use it to check, not to work.
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -226,8 +226,11 @@ class _Literal:
         found = []
         for query, size in zip(asked, sizes, strict=True):
             if query.by_step is not None:
+                ready = query.by_step[at]
+                if isinstance(ready, Mapping):
+                    raise ValueError("reference.score takes gradients as {step: [Q, P]} only")
                 shapes = [p.shape for p in self.parameters.values()]
-                for row in query.by_step[at].to(self.ev.dtype):
+                for row in ready.to(self.ev.dtype):
                     pieces = row.split([shape.numel() for shape in shapes])
                     found.append([piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)])
                 continue

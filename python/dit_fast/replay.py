@@ -6,13 +6,16 @@ between, or the log is refused: its problem is another one (design §4).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 from dit_fast.errors import LogError
 from dit_fast.optimizers import State
-from dit_fast.problem import Evaluator, Params
+from dit_fast.problem import Params
+from dit_fast.trajectory import Trajectory
 
 # a replayed segment must end within this share of the distance travelled, beside the rounding of the parameters themselves
 DRIFT_TOLERANCE = 1e-3
@@ -24,6 +27,24 @@ CAUSES = (
 )
 # a gradient's elements are rounded to about this many units in the last place of its largest
 GRADIENT_ROUNDING = 4
+
+
+class Run(Protocol):
+    """A run that can be gone through again: a problem on its log (`problem.Evaluator`), or factors (`logged.FactorRun`)."""
+
+    trajectory: Trajectory
+    device: torch.device
+    dtype: torch.dtype
+    shapes: dict[str, torch.Size]
+
+    def params(self, t: int) -> Params:
+        """θ[t] where it is stored."""
+
+    def batches(self, t: int) -> Sequence[Any]:
+        """The micro-batches of step t, with ids and coefficients."""
+
+    def batch_gradient(self, t: int, params: Params) -> Params:
+        """g_t = Σ_b a_b ∇ℓ_b(θ), the l2 part included, over the micro-batches of step t."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +71,7 @@ class Replay:
     drift: the largest distance by which a segment missed a stored one, as a share of the distance travelled.
     """
 
-    def __init__(self, ev: Evaluator, with_state: bool, budget: int, check: bool = True) -> None:
+    def __init__(self, ev: Run, with_state: bool, budget: int, check: bool = True) -> None:
         self._ev, self._trajectory = ev, ev.trajectory
         self._with_state = with_state and bool(ev.trajectory.slots)
         self.is_needed = self._with_state or ev.trajectory.every > 1
@@ -105,7 +126,7 @@ class Replay:
                 kept[t] = point
             if t + 1 == stop and not check:
                 break
-            gradient = batch_gradient(self._ev, t, point.params)
+            gradient = self._ev.batch_gradient(t, point.params)
             after = advance(self._ev, t, point, gradient)
             travelled += _distance(after.params, point.params)
             noise += gradient_noise(self._ev, t, point, gradient) if check else 0.0
@@ -129,7 +150,7 @@ class Replay:
             )
 
 
-def advance(ev: Evaluator, t: int, point: Point, gradient: Params) -> Point:
+def advance(ev: Run, t: int, point: Point, gradient: Params) -> Point:
     """The point after step t, by the raw batch gradient, clipping and the optimizer's rule."""
     trajectory = ev.trajectory
     gradient = trajectory.clip.forward(gradient)
@@ -144,7 +165,7 @@ def advance(ev: Evaluator, t: int, point: Point, gradient: Params) -> Point:
     return Point(params, state, counts)
 
 
-def gradient_noise(ev: Evaluator, t: int, point: Point, gradient: Params) -> float:
+def gradient_noise(ev: Run, t: int, point: Point, gradient: Params) -> float:
     """How far step t may be off, ‖Δθ‖, because the run's own gradient was rounded in the parameters' dtype.
 
     Nothing for linear rules, where it stays within the rounding of θ. Adam turns even a gradient that is all rounding, such
@@ -159,23 +180,7 @@ def gradient_noise(ev: Evaluator, t: int, point: Point, gradient: Params) -> flo
     return _distance(*ends)
 
 
-def batch_gradient(ev: Evaluator, t: int, params: Params) -> Params:
-    """g_t = Σ_b a_b ∇ℓ_b(θ), the l2 part included, over the micro-batches of step t."""
-    inputs = {name: value.detach().requires_grad_() for name, value in params.items()}
-    gradient = {name: torch.zeros_like(value) for name, value in params.items()}
-    for batch in ev.batches(t):
-        total = (batch.coefficients * ev.losses(inputs, batch)).sum()
-        if total.requires_grad:
-            flat = torch.autograd.grad(total, list(inputs.values()), allow_unused=True)
-            for name, piece in zip(inputs, flat, strict=True):
-                gradient[name] += 0 if piece is None else piece
-        if ev.l2:
-            for name, value in params.items():
-                gradient[name] += ev.l2 * batch.coefficients.sum() * value
-    return gradient
-
-
-def rounding_of(ev: Evaluator, params: Params) -> float:
+def rounding_of(ev: Run, params: Params) -> float:
     """‖ulp(θ)‖ in the dtype the log stores."""
     total = 0.0
     for value in params.values():

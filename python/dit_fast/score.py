@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast import factors, layerwise, native, plan, queries
+from dit_fast import factors, layerwise, logged, native, plan, queries
 from dit_fast.guard import check_problem
 from dit_fast.linearize import HESSIANS, Hessian, choose_mode, linearize
 from dit_fast.problem import Batch, Evaluator, Params, Problem
@@ -30,8 +30,8 @@ BACKENDS = ("auto", "generic", "layerwise", "native", "factors")
 
 def score(
     trajectory: Trajectory,
-    problem: Problem,
-    query: Query | Sequence[Query],
+    problem: Problem | None = None,
+    query: Query | Sequence[Query] | None = None,
     windows: Any = None,
     *,
     sample_ids: Any = None,
@@ -54,8 +54,10 @@ def score(
     Unit: the query's. Sign: a score above 0 means that removing the sample raises the query's value, so for a loss the
     sample helped.
 
-    trajectory: the logged run. problem: model, per-sample loss and data it was trained with.
-    query: one of `dit_fast.queries`, or a list, joined along Q.
+    trajectory: the logged run. problem: model, per-sample loss and data it was trained with; None for a log with factors
+        (`Recorder(factors=True)`), which is scored without model, data and, but for l2 and Adam, parameters.
+    query: one of `dit_fast.queries`, or a list, joined along Q; without a problem, `queries.gradients`, or None = the query
+        marked in the log at the windows' ends (`Recorder.mark(name, query=...)`).
     windows: None = the whole run; "epochs" = between marks; (t1, t2), a list of them, or {name: (t1, t2)}, in steps.
     sample_ids: the samples wanted; None = all N of the data.
     hessian: "exact"; "ggn" (generalised Gauss–Newton); "fisher" (empirical, Σ a_b ∇ℓ_b ∇ℓ_bᵀ); "none" (H = 0, that of
@@ -66,9 +68,11 @@ def score(
         "auto" = the one of fewer FLOPs (`estimate_score`). `meta["why_method"]` says which they were.
     refine: this many samples per window and query, those of largest |score|, get their true score by retraining;
         `result.retrained` marks them.
-    backend: "native" for feed-forward nets under SGD, compiled, on the CPU; "factors" for nets of linear layers with hessian
-        "fisher" or "none"; "layerwise" for convolutional nets; "generic" for any module; "auto" = the first of these that
-        fits. `meta["backend"]` says which it was, `meta["why"]` why. ValueError where the one asked for cannot be used.
+    backend: "native" for feed-forward nets under SGD, compiled, on the CPU; "factors" for hessian "fisher", "ggn" and "none",
+        by the factors in the log where it has them (the problem is then asked for the query's gradients alone), else by
+        those it makes anew from the problem; "layerwise" for convolutional nets; "generic" for any module; "auto" = the first
+        of these that fits, factors of the log without a problem only. `meta["backend"]` says which it was, `meta["why"]` why.
+        ValueError where the one asked for cannot be used.
     dtype, device: of the computation; None = the widest dtype of the parameters, but float64 for Adam and AdamW, and the
         model's device.
     memory_budget: bytes or "2GiB"; columns that do not fit travel in several sweeps. None = 0.6 of what is free.
@@ -83,36 +87,69 @@ def score(
     began = time.perf_counter()
     chosen_because: dict[str, Any] = {}
     check_options(hessian, query_at, method, backend, refine)
+    given: Any = query
+    common: dict[str, Any] = {"dtype": dtype, "device": device, "memory_budget": memory_budget}
+    options = common | {"sample_ids": sample_ids, "hessian": hessian, "query_at": query_at, "check": check}
+    options |= {"show_progress": show_progress}
+    if problem is None:
+        if method != "adjoint" or refine or backend not in ("auto", "factors"):
+            raise ValueError(
+                "without a problem only the log's factors can be scored: method='adjoint', backend='auto', refine=0"
+            )
+        return logged.score_logged(trajectory, None, query, windows, **options)
     if method == "auto":
         from dit_fast.estimate import choose_method
 
         method, why = choose_method(
             trajectory,
             problem,
-            query,
+            given,
             windows,
             sample_ids=sample_ids,
             hessian=hessian,
             query_at=query_at,
             refine=refine,
             backend=backend,
-            dtype=dtype,
-            device=device,
-            memory_budget=memory_budget,
+            **common,
         )
         chosen_because = {"why_method": why}
     if (method == "retrain" or refine) and query_at == "final":
         raise ValueError("query_at='final' cannot be retrained: retraining asks the query itself at each end of a window")
-    retraining: dict[str, Any] = {
-        "backend": "auto" if backend == "factors" else backend,  # which retrains nothing
-        "dtype": dtype,
-        "device": device,
-        "memory_budget": memory_budget,
-        "show_progress": show_progress,
-    }
+    # factors retrain nothing
+    retraining = common | {"backend": "auto" if backend == "factors" else backend, "show_progress": show_progress}
     if method == "retrain":
-        true = leave_one_out(trajectory, problem, query, windows, sample_ids=sample_ids, check=check, **retraining)
+        true = leave_one_out(trajectory, problem, given, windows, sample_ids=sample_ids, check=check, **retraining)
         return replace(true, meta={**true.meta, **chosen_because, "seconds": time.perf_counter() - began})
+    if backend == "factors" and logged.has_factors(trajectory):
+        influence = logged.score_logged(trajectory, problem, query, windows, **options)
+    else:
+        influence = _score_problem(trajectory, problem, given, windows, backend=backend, **options)
+    influence = replace(influence, meta={**influence.meta, **chosen_because, "seconds": time.perf_counter() - began})
+    if refine:
+        chosen = influence.largest(refine)
+        union = influence.sample_ids[chosen.any(dim=(0, 1))]
+        true = leave_one_out(trajectory, problem, given, windows, sample_ids=union, check=False, **retraining)
+        influence = influence.refined_by(true, chosen)
+    return influence
+
+
+def _score_problem(
+    trajectory: Trajectory,
+    problem: Problem,
+    query: Any,
+    windows: Any,
+    *,
+    backend: str,
+    sample_ids: Any,
+    hessian: Hessian,
+    query_at: str,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    memory_budget: int | float | str | None,
+    check: bool,
+    show_progress: bool | None,
+) -> Influence:
+    """The adjoint scores of a problem, by its own losses."""
     ev = Evaluator.create(problem, trajectory, device, dtype)
     spans = trajectory.windows(windows)
     ids = ev.select(sample_ids)
@@ -125,23 +162,13 @@ def score(
             check_problem(ev, max(window.stop for window in spans), Replay(ev, True, int(plan.REPLAY_SHARE * budget)))
         sizes = queries.sizes(ev, asked)
         scores, meta = _adjoint_scores(ev, spans, asked, sum(sizes), hessian, query_at, backend, replay, budget, show_progress)
-    influence = Influence(
+    return Influence(
         scores=scores[..., ids],
         windows=spans,
         queries=queries.names(asked, sizes),
         sample_ids=ids,
-        meta=ev.describe()
-        | {"method": "adjoint", "hessian": hessian, "query_at": query_at}
-        | chosen_because
-        | meta
-        | {"seconds": time.perf_counter() - began},
+        meta=ev.describe() | {"method": "adjoint", "hessian": hessian, "query_at": query_at} | meta,
     )
-    if refine:
-        chosen = influence.largest(refine)
-        union = ids[chosen.any(dim=(0, 1))]
-        true = leave_one_out(trajectory, problem, query, windows, sample_ids=union, check=False, **retraining)
-        influence = influence.refined_by(true, chosen)
-    return influence
 
 
 def _adjoint_scores(

@@ -1,25 +1,34 @@
 """The adjoint sweep: every column from its t2 down to step 0, and nothing else (design §1)."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dit_fast.errors import LogError
 from dit_fast.plan import Column
-from dit_fast.problem import Batch, Evaluator, Params
-from dit_fast.replay import Point, Replay, batch_gradient
+from dit_fast.problem import Params
+from dit_fast.replay import Point, Run
 
 Pull = Callable[[Params], tuple[Tensor, Params]]
-Linearizer = Callable[[Params, Batch], tuple[Params, Pull]]
+# of a micro-batch, of whatever kind the run has
+Linearizer = Callable[[Params, Any], tuple[Params, Pull]]
 QueryGradients = Callable[[int], Params]
 
 
+class Points(Protocol):
+    """Where steps start from (`replay.Replay`)."""
+
+    def at(self, t: int) -> Point:
+        """The point before step t."""
+
+
 def sweep(
-    ev: Evaluator,
+    ev: Run,
     columns: Sequence[Column],
     linearize: Linearizer,
-    replay: Replay,
+    replay: Points,
     query_gradients: QueryGradients,
     num_samples: int,
     progress: Callable[[], object],
@@ -54,7 +63,7 @@ def sweep(
     return scores
 
 
-def _step(ev: Evaluator, t: int, point: Point, u: dict[str, list[Tensor]], linearize: Linearizer) -> list[tuple[Batch, Tensor]]:
+def _step(ev: Run, t: int, point: Point, u: dict[str, list[Tensor]], linearize: Linearizer) -> list[tuple[Any, Tensor]]:
     """Carries u over step t in place; the micro-batches with their dots [K, B] = ⟨c_k, ∇ℓ_b⟩."""
     trajectory = ev.trajectory
     batches = ev.batches(t)
@@ -65,7 +74,7 @@ def _step(ev: Evaluator, t: int, point: Point, u: dict[str, list[Tensor]], linea
         if len(batches) == 1:
             gradient, pull = linearize(point.params, batches[0])
         else:
-            gradient = batch_gradient(ev, t, point.params)
+            gradient = ev.batch_gradient(t, point.params)
     cotangent = _cotangent(ev, t, point, gradient, u)
     results = []
     for batch in batches:
@@ -77,7 +86,7 @@ def _step(ev: Evaluator, t: int, point: Point, u: dict[str, list[Tensor]], linea
     return results
 
 
-def _cotangent(ev: Evaluator, t: int, point: Point, gradient: Params, u: dict[str, list[Tensor]]) -> Params:
+def _cotangent(ev: Run, t: int, point: Point, gradient: Params, u: dict[str, list[Tensor]]) -> Params:
     """c [K, *shape], the cotangent of the raw batch gradient, by the optimizer's adjoint rule; u becomes u' in place."""
     trajectory = ev.trajectory
     settings, groups, absent = trajectory.settings(t), trajectory.groups, trajectory.absent(t)

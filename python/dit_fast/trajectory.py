@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from dit_fast.errors import LogError
 from dit_fast.log import Header, Step, from_tree
 from dit_fast.log_reader import LogReader
 from dit_fast.optimizers import Clip, Rule, State
+
+if TYPE_CHECKING:
+    from dit_fast.index import Index
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,14 @@ class Trajectory:
     def stored_batches(self, t: int) -> list[Any]:
         """The micro-batches of step t as the model saw them, in the layout they were given in; empty where not stored."""
         return [from_tree(self._source.header.batch_tree, tensors) for tensors in self._step(t).batches]
+
+    def index(self, windows: Any = None, **options: Any) -> "Index":
+        """The changes of the parameters by every sample at the ends of `windows`, by one pass over a log with factors, after
+        which `index.score(query)` takes milliseconds. Options and errors: `index.build_index`.
+        """
+        from dit_fast.index import build_index
+
+        return build_index(self, windows, **options)
 
     def verify(self) -> None:
         """Read everything and check it: every chunk's sha256, shapes, and that all parameters are finite; else LogError."""

@@ -1,0 +1,200 @@
+"""The primitive on per-sample gradients in factors (factored.py): inner products and curvature products of whole blocks.
+
+Nothing of a model is needed. A block U holds K directions, [K, *shape] per parameter; rows J_br are those of one
+micro-batch, with R of them per sample.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_fast import ops
+from dit_fast.factored import Factors, Lookup, Outer, Part, Plain
+
+Block = dict[str, Tensor]
+Pull = Callable[[Block], tuple[Tensor, Block]]
+
+
+def names(part: Part) -> list[str]:
+    """The parameters whose gradients a part holds."""
+    if isinstance(part, Plain):
+        return [part.name]
+    return [part.weight] if isinstance(part, Lookup) or part.bias is None else [part.weight, part.bias]
+
+
+def rows_of(part: Part) -> Tensor:
+    """The tensor of a part that has one slice for each row of each sample, [B, R, ...]."""
+    return part.rows if isinstance(part, Plain) else part.deltas
+
+
+def placed(factors: Factors, device: torch.device, dtype: torch.dtype) -> Factors:
+    """The same on a device and in a dtype; ids and coefficients stay as they are (float64)."""
+
+    def part(part: Part) -> Part:
+        if isinstance(part, Outer):
+            return replace(part, inputs=part.inputs.to(device, dtype), deltas=part.deltas.to(device, dtype))
+        if isinstance(part, Lookup):
+            return replace(part, indices=part.indices.to(device), deltas=part.deltas.to(device, dtype))
+        return replace(part, rows=part.rows.to(device, dtype))
+
+    return replace(
+        factors,
+        ids=factors.ids.to(device),
+        coefficients=factors.coefficients.to(device, torch.float64),
+        slopes=factors.slopes.to(device, torch.float64),
+        curvature=factors.curvature.to(device, torch.float64),
+        parts=tuple(part(p) for p in factors.parts),
+    )
+
+
+def gradients_alone(factors: Factors) -> Factors:
+    """One row per sample, its gradient ∇ℓ_b = Σ_r s[b,r] J_br, with the curvature of the empirical Fisher, M = 1."""
+    slopes = factors.slopes
+    ones = slopes.new_ones(len(slopes), 1)
+    if slopes.shape[1] == 1 and bool((slopes == 1).all()):
+        return replace(factors, curvature=ones[:, :, None])
+
+    def weighted(rows: Tensor) -> Tensor:
+        if slopes.shape[1] == 1:
+            return rows * slopes.to(rows).view(-1, *[1] * (rows.ndim - 1))
+        return torch.einsum("br,br...->b...", slopes.to(rows), rows)[:, None]
+
+    def part(part: Part) -> Part:
+        if isinstance(part, Plain):
+            return replace(part, rows=weighted(part.rows))
+        return replace(part, deltas=weighted(part.deltas))
+
+    parts = tuple(part(p) for p in factors.parts)
+    return replace(factors, slopes=ones, curvature=ones[:, :, None], parts=parts)
+
+
+def row_dots(factors: Factors, block: Mapping[str, Tensor], scales: Mapping[str, float] | None = None) -> Tensor:
+    """⟨U_k, J_br⟩ [K, B, R] float64; each parameter's part times its `scales` where they are given."""
+    first = next(iter(block.values()))
+    total = torch.zeros(len(first), *factors.slopes.shape, dtype=torch.float64, device=first.device)
+    groups: dict[float, list[Part]] = {}
+    for part in factors.parts:
+        for scale, piece in _by_scale(part, scales):
+            groups.setdefault(scale, []).append(piece)
+    for scale, parts in groups.items():
+        if scale == 0:
+            continue
+        target = total if scale == 1 or len(groups) == 1 else torch.zeros_like(total)
+        for part in parts:
+            _add_dots(part, block, target)
+        if target is not total:
+            total.add_(target, alpha=scale)
+        elif scale != 1:
+            total.mul_(scale)
+    return total
+
+
+def _by_scale(part: Part, scales: Mapping[str, float] | None) -> list[tuple[float, Part]]:
+    """The part with its scale; its weight and its bias each with theirs where they differ."""
+    if scales is None:
+        return [(1.0, part)]
+    weight, *bias = (scales[name] for name in names(part))
+    if not bias or bias[0] == weight or not isinstance(part, Outer):
+        return [(weight, part)]
+    assert part.bias is not None
+    return [(weight, replace(part, bias=None)), (bias[0], Plain(part.bias, part.deltas.sum(2)))]
+
+
+def _add_dots(part: Part, block: Mapping[str, Tensor], total: Tensor) -> None:
+    """Adds the part's ⟨U_k, J_br⟩ to total [K, B, R]."""
+    if isinstance(part, Outer):
+        weight = block[part.weight].flatten(2)
+        bias = None if part.bias is None else block[part.bias]
+        if part.deltas.shape[1] == 1:
+            ops.grad_dot(total[:, :, 0], part.deltas[:, 0], part.inputs, weight, bias)
+            return
+        z = torch.einsum("koi,bsi->kbso", weight, part.inputs)
+        if bias is not None:
+            z += bias[:, None, None]
+        total += torch.einsum("kbso,brso->kbr", z.double(), part.deltas.double())
+    elif isinstance(part, Lookup):
+        found = block[part.weight][:, part.indices]  # [K, B, S, O]
+        total += torch.einsum("kbso,brso->kbr", found.double(), part.deltas.double())
+    else:
+        rows = part.rows.flatten(2)
+        total += (block[part.name].flatten(1).double() @ rows.flatten(0, 1).double().T).view(total.shape)
+
+
+def add_rows(factors: Factors, weights: Tensor, block: Mapping[str, Tensor]) -> None:
+    """U_k += Σ_br weights[k,b,r] J_br in place, weights [K, B, R] float64."""
+    for part in factors.parts:
+        if isinstance(part, Outer):
+            weight = block[part.weight].flatten(2)
+            bias = None if part.bias is None else block[part.bias]
+            if part.deltas.shape[1] == 1:
+                ops.lowrank_update(weight, bias, weights[:, :, 0].contiguous(), part.deltas[:, 0], part.inputs)
+                continue
+            deltas = torch.einsum("kbr,brso->kbso", weights.to(part.deltas), part.deltas)
+            inputs = part.inputs.flatten(0, 1)
+            torch.baddbmm(weight, deltas.flatten(1, 2).mT, inputs.expand(len(weight), -1, -1), out=weight)
+            if bias is not None:
+                bias += deltas.sum((1, 2))
+        elif isinstance(part, Lookup):
+            deltas = torch.einsum("kbr,brso->kbso", weights.to(part.deltas), part.deltas)
+            block[part.weight].index_add_(1, part.indices.flatten(), deltas.flatten(1, 2))
+        else:
+            rows = part.rows.flatten(0, 1).flatten(1)
+            block[part.name].add_((weights.flatten(1).to(rows) @ rows).view(block[part.name].shape))
+
+
+def batch_gradient(factors: Factors, shapes: Mapping[str, torch.Size]) -> Block:
+    """g = Σ_b a_b ∇ℓ_b of one micro-batch, without the l2 part."""
+    rows = rows_of(factors.parts[0])
+    block = {name: torch.zeros(1, *shape, dtype=rows.dtype, device=rows.device) for name, shape in shapes.items()}
+    add_rows(factors, (factors.coefficients[:, None] * factors.slopes)[None], block)
+    return {name: value[0] for name, value in block.items()}
+
+
+def sample_dots(factors: Factors, dots: Tensor) -> Tensor:
+    """⟨U_k, ∇ℓ_b⟩ [K, B] from ⟨U_k, J_br⟩."""
+    return (dots * factors.slopes).sum(2)
+
+
+def curvature_weights(factors: Factors, dots: Tensor) -> Tensor:
+    """w [K, B, R] with H U_k = Σ_br w[k,b,r] J_br, from ⟨U_k, J_br⟩."""
+    if dots.shape[2] == 1:
+        return dots * (factors.coefficients * factors.curvature[:, 0, 0])[:, None]
+    return torch.einsum("brq,kbq->kbr", factors.curvature * factors.coefficients[:, None, None], dots)
+
+
+def linearizer(
+    shapes: Mapping[str, torch.Size], l2: float, has_curvature: bool, needs_gradient: bool
+) -> Callable[[Block, Any], tuple[Block, Pull]]:
+    """`linearize` (linearize.py) of a micro-batch of factors in the place of a batch.
+
+    params are used where l2 is not 0 alone; has_curvature: else H = 0; needs_gradient: else the gradient is left empty.
+    """
+
+    def run(params: Block, factors: Factors) -> tuple[Block, Pull]:
+        strength = l2 * float(factors.coefficients.sum())
+
+        def pull(block: Block) -> tuple[Tensor, Block]:
+            along = row_dots(factors, block)
+            dots = sample_dots(factors, along)
+            hvp = {name: torch.zeros_like(value) for name, value in block.items()}
+            if has_curvature:
+                add_rows(factors, curvature_weights(factors, along), hvp)
+            if l2:
+                inner: Any = sum(block[n].flatten(1).double() @ params[n].flatten().double() for n in block)
+                dots = dots + l2 * inner[:, None]
+                if has_curvature:
+                    hvp = {name: value.add_(block[name], alpha=strength) for name, value in hvp.items()}
+            return dots, hvp
+
+        gradient = batch_gradient(factors, shapes) if needs_gradient else {}
+        return {n: g + strength * params[n] if l2 else g for n, g in gradient.items()}, pull
+
+    return run
+
+
+def sizes(factors: Sequence[Factors]) -> tuple[int, int]:
+    """(samples, rows) of the micro-batches of a step."""
+    return sum(len(f.ids) for f in factors), sum(f.slopes.numel() for f in factors)
