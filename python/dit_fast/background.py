@@ -40,6 +40,7 @@ class ChunkBuffer(Chunk):
         )
         self.changed = zeros(capacity + 1, dtype=torch.bool)
         self.capacity = capacity
+        self.factor_bytes = 0
         self.ready: torch.cuda.Event | None = None
 
 
@@ -278,7 +279,7 @@ class BackgroundWriter:
                 reason = (isinstance(error, OSError) and error.strerror) or repr(error)
                 self._error = f"cannot write the log at {self._log.path}: {reason}; it holds {self._log.num_steps} steps"
             if buffer is not None:
-                buffer.steps = []
+                buffer.steps, buffer.factor_bytes = [], 0
                 self._free.put(buffer)
 
     def _write_chunk(self, buffer: ChunkBuffer, marks: Mapping[str, int]) -> None:

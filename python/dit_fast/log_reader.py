@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from dit_fast import optimizers
 from dit_fast.errors import LogError, UnsupportedError
+from dit_fast.factor_log import FactorSpec, layout_of, unpack
+from dit_fast.factored import Factors, Layout
 from dit_fast.log import (
     CONSTANTS,
     FORMAT,
@@ -125,12 +128,33 @@ class LogReader:
         chunk, at = self._at(t)
         return chunk.steps[at]
 
+    @cached_property
+    def factor_layout(self) -> Layout | None:
+        """What is the same in the factors of all steps; None where there are none."""
+        shapes = {name: shape for name, (shape, _) in self.header.parameters.items()}
+        return None if self.header.factors is None else layout_of(self.header.factors, shapes)
+
+    def factors(self, t: int) -> list[Factors]:
+        """The micro-batches of step t in factors, 0 ≤ t < T."""
+        spec, layout = self.header.factors, self.factor_layout
+        if spec is None or layout is None:
+            raise LogError(f"the log at {self.path} holds no factors: they are written by Recorder(..., factors=True)")
+        chunk, at = self._at(t)
+        step = chunk.steps[at]
+        pieces = zip(step.ids.split(step.micro_sizes), step.coefficients.split(step.micro_sizes), step.factors, strict=True)
+        try:
+            return [unpack(spec, layout, t, ids, a, tensors) for ids, a, tensors in pieces]
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise LogError(f"{self._where(chunk.row)} is damaged: step {t}: {error}") from error
+
     def verify(self) -> None:
         """Read and check every chunk, also those already trusted."""
         self._trusted.clear()
         self._open.clear()
         for chunk in self._chunks:
             self._chunk(chunk.start)
+            for t in range(chunk.start, chunk.stop) if self.header.factors is not None else ():
+                self.factors(t)
 
     def rows_from_end(self) -> Iterator[tuple[list[int], Tensor]]:
         """(steps, rows [n, P] before them) of every chunk, the last chunk first; memory-mapped, without checking the values."""
@@ -183,6 +207,7 @@ class LogReader:
             log_dtype=_LOG_DTYPES[data["log_dtype"]],
             rng=data["rng"],
             batch_tree=data["batch"],
+            factors=None if data.get("factors") is None else FactorSpec.from_json(data["factors"]),
         )
 
     def _check_chunks(self) -> None:
@@ -318,27 +343,26 @@ class _OpenChunk:
         flat = zip(
             ids.split(batch_sizes), data["coefficients"].split(batch_sizes), parts, data["settings"].tolist(), absent,
             _per_step(data["rng"].unbind() if header.rng else (), counts),
-            _per_step(_stored_batches(data) if header.batch_tree is not None else (), counts),
+            _per_step(_micro_batches("batch", data) if header.batch_tree is not None else (), counts),
+            _per_step(_micro_batches("factor", data) if header.factors is not None else (), counts, header.factors is not None),
             strict=True,
         )  # fmt: skip
-        return [
-            Step(i, a, tuple(part), values, tuple(missing), rng, batches) for i, a, part, values, missing, rng, batches in flat
-        ]
+        return [Step(i, a, tuple(part), values, tuple(missing), *rest) for i, a, part, values, missing, *rest in flat]
 
 
-def _per_step(values: Sequence[Any], counts: list[int]) -> list[tuple[Any, ...]]:
+def _per_step(values: Sequence[Any], counts: list[int], is_needed: bool = False) -> list[tuple[Any, ...]]:
     """One value per micro-batch as one tuple per step; empty ones where there are no values."""
-    if values and len(values) != sum(counts):
+    if (values or is_needed) and len(values) != sum(counts):
         raise ValueError(f"{len(values)} values for {sum(counts)} micro-batches")
     ends = [0, *accumulate(counts)]
     return [tuple(values[a:b]) for a, b in pairwise(ends)]
 
 
-def _stored_batches(data: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:
+def _micro_batches(name: str, data: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:
     """The tensors of every micro-batch."""
     columns: list[list[Tensor]] = []
-    while f"batch_{len(columns)}" in data:
-        flat, shapes = data[f"batch_{len(columns)}"], data[f"batch_{len(columns)}_shapes"].tolist()
+    while (key := f"{name}_{len(columns)}") in data:
+        flat, shapes = data[key], data[f"{key}_shapes"].tolist()
         pieces = flat.split([math.prod(shape) for shape in shapes])
         columns.append([piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)])
     return list(zip(*columns, strict=True))

@@ -133,6 +133,12 @@ def _differences(then: Header, now: Header, with_flags: bool) -> Iterable[str]:
     for name in buffers.keys() | own.keys():
         if name not in buffers or name not in own or not _same(buffers[name], own[name]):
             yield f"buffer '{name}' is another one"
+    if (then.factors is None) != (now.factors is None):
+        yield f"factors are {'not ' if then.factors is None else ''}logged in it"
+    elif then.factors is not None and now.factors is not None:
+        difference = then.factors.difference(now.factors, with_parts=with_flags)
+        if difference is not None:
+            yield difference
     if with_flags:
         if (then.rng is None) != (now.rng is None):
             yield f"dropout was {'in' if then.rng is None else ''}active in it and is not so now"
