@@ -47,15 +47,16 @@ ALLOWED = {
         "data errors factor_check factor_log factor_options factor_store layer_factors named_batches numerics optimizers "
         "output_slopes"
     ),
-    "recorder": (
-        "byte_sizes capture directory errors factor_options log log_reader log_size modules named_batches optimizers ranks "
-        "recording resumption"
-    ),
     "arrays": "data errors factored log optimizers",
     "trajectory": "arrays errors factored log log_reader optimizers",
     # what is asked of it
     "problem": "data errors log modules numerics trajectory",
     "queries": "data problem",
+    "marked_queries": "factor_options log problem queries trajectory",
+    "recorder": (
+        "byte_sizes capture directory errors factor_options log log_reader log_size marked_queries modules named_batches "
+        "optimizers queries ranks recording resumption"
+    ),
     "replay": "errors optimizers problem",
     "guard": "errors problem replay",
     "result": "trajectory",

@@ -63,6 +63,9 @@ class Arrays:
     def step(self, t: int) -> Step:
         return self._steps[t]
 
+    def marked_queries(self) -> dict[int, tuple[list[str], dict[str, Tensor]]]:
+        return {}
+
     def factors(self, t: int) -> list[Factors]:
         raise LogError("a run made from arrays holds no factors: they are written by Recorder(..., factors=True)")
 

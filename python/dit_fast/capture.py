@@ -43,13 +43,15 @@ class _LayerCall:
 
 @dataclass(eq=False)
 class _Pass:
-    """One forward pass of the model. output: its z, where slopes are wanted; output_gradient: what arrived there."""
+    """One forward pass of the model. output: its z, where slopes are wanted; output_gradient: what arrived there; backward:
+    the number of the backward() that reached it first."""
 
     number: int
     calls: list[_LayerCall] = field(default_factory=list)
     output: Tensor | None = None
     output_gradient: Tensor | None = None
     is_taken: bool = False
+    backward: int = -1
 
 
 class Capture:
@@ -112,6 +114,11 @@ class Capture:
             yield
         finally:
             self._is_paused = before
+
+    def project(self, block: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients [Q, *shape] of the covered parameters as the log has them."""
+        found = {name: block[name] for name in self._params}
+        return {name: self._projections[name](q) if name in self._projections else q for name, q in found.items()}
 
     def adopt(self, spec: FactorSpec) -> None:
         """Go on in the forms of a log; its options are the same."""
@@ -180,7 +187,9 @@ class Capture:
         if run.is_taken:
             self._came_late = True
         elif run not in self._done:
-            if all(p.grad is None for p in self._params.values()):  # gradients before this one were thrown away
+            run.backward = torch._C._current_graph_task_id()
+            is_another = all(other.backward != run.backward for other in self._done)
+            if is_another and all(p.grad is None for p in self._params.values()):  # those before were thrown away
                 self._done = []
             self._done.append(run)
 
@@ -192,6 +201,9 @@ class Capture:
         with self.paused():
             if not self._is_probed:
                 self._probe(run, output)
+            for value in leaves(output):
+                if value.requires_grad:
+                    value.register_hook(lambda gradient: None if self._is_paused else self._arrived(run))
             if self.options.per_sample_loss is not None:
                 self._watch_output(run, output)
         for call in run.calls:
@@ -209,7 +221,6 @@ class Capture:
         def arrive(gradient: Tensor) -> None:
             if not self._is_paused:
                 run.output_gradient = gradient if run.output_gradient is None else run.output_gradient + gradient
-                self._arrived(run)
 
         output.register_hook(arrive)
         if options.curvature == "fisher":

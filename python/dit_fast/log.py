@@ -66,6 +66,7 @@ from dit_fast.optimizers import Clip, Rule
 FORMAT, VERSION = "dit_fast log", 1
 MANIFEST, CONSTANTS = "manifest.json", "constants.safetensors"
 
+_QUERY = re.compile(r"query-([0-9]{6,})(?:\.([1-9][0-9]*))?\.safetensors")
 _CHUNK = re.compile(r"chunk-([0-9]{6,})(?:\.([1-9][0-9]*))?\.safetensors")
 # pieces small enough to be hashed and written out of the cache
 _PIECE = 4 << 20
@@ -201,6 +202,16 @@ class Chunk:
     counts: Tensor
 
 
+@dataclass(frozen=True)
+class StoredQuery:
+    """Gradients of a query's Q values at a mark: labels, and [Q, …] per parameter as the factors have them."""
+
+    mark: str
+    step: int
+    labels: list[str]
+    gradients: dict[str, Tensor]
+
+
 def as_tree(batch: Any) -> tuple[Any, list[Tensor]]:
     """A batch as (its layout in JSON, its tensors): dicts, lists and tuples of tensors and of plain values."""
     found: list[Tensor] = []
@@ -262,24 +273,32 @@ class LogWriter:
         self.update({}, complete=False)
 
     @classmethod
-    def resume(cls, path: Path, header: Header, manifest: Mapping[str, Any], num_chunks: int, generation: int) -> "LogWriter":
-        """Goes on after the first chunks of the log with this manifest, writing chunks of this generation.
+    def resume(
+        cls, path: Path, header: Header, manifest: Mapping[str, Any], num_chunks: int, generation: int, step: int
+    ) -> "LogWriter":
+        """Goes on after the first chunks of the log with this manifest and the queries up to `step`, writing files of this
+        generation.
 
         Nothing is written before the next `add_chunk` or `update`.
         """
-        head = {name: value for name, value in manifest.items() if name not in ("marks", "chunks", "complete", "sha256")}
+        changing = ("marks", "chunks", "queries", "complete", "sha256")
+        head = {name: value for name, value in manifest.items() if name not in changing}
         writer = cls.__new__(cls)
         writer._begin(path, header, head, list(manifest["chunks"][:num_chunks]), generation)
+        writer._queries = [row for row in manifest.get("queries", []) if row["step"] <= step]
+        writer._num_queries = len(writer._queries)
         return writer
 
     def _begin(self, path: Path, header: Header, head: dict[str, Any], chunks: list[dict[str, Any]], generation: int) -> None:
         self.path, self._header, self._head = path, header, head
         self._chunks, self._generation = chunks, generation
+        self._queries: list[dict[str, Any]] = []
+        self._num_queries = 0
 
     @property
     def files(self) -> set[str]:
         """Names of the log's files."""
-        return {MANIFEST, CONSTANTS, *(chunk["file"] for chunk in self._chunks)}
+        return {MANIFEST, CONSTANTS, *(row["file"] for row in (*self._chunks, *self._queries))}
 
     @property
     def num_steps(self) -> int:
@@ -318,9 +337,18 @@ class LogWriter:
         self._chunks.append(row | {"max_id": int(tensors["batch_ids"].max())})
         self.update(marks, complete=False)
 
+    def add_query(self, query: StoredQuery) -> None:
+        """A file of its own; the manifest names it when it is written next."""
+        file = query_name(self._num_queries, self._generation)
+        self._num_queries += 1
+        digest, size = _write_file(self.path / file, _safetensors(query.gradients))
+        row = {"file": file, "mark": query.mark, "step": query.step, "labels": query.labels, "sha256": digest, "bytes": size}
+        self._queries = [*(old for old in self._queries if old["mark"] != query.mark), row]
+
     def update(self, marks: Mapping[str, int], complete: bool) -> None:
         """Write the manifest anew."""
-        body = self._head | {"marks": dict(marks), "chunks": self._chunks, "complete": complete}
+        queries = {"queries": self._queries} if self._queries else {}
+        body = self._head | {"marks": dict(marks), "chunks": self._chunks, "complete": complete} | queries
         text = json.dumps(body | {"sha256": canonical_digest(body)}, indent=1, allow_nan=False)
         _write_file(self.path / MANIFEST, [text.encode()])
 
@@ -413,6 +441,17 @@ def safetensors_head(tensors: Mapping[str, tuple[torch.dtype, list[int]]]) -> by
 def chunk_name(number: int, generation: int = 0) -> str:
     """The file of chunk `number`, counted from 0; generation 0 is that of a log never resumed."""
     return f"chunk-{number:06d}{f'.{generation}' if generation else ''}.safetensors"
+
+
+def query_name(number: int, generation: int = 0) -> str:
+    """The file of a query stored at a mark."""
+    return f"query-{number:06d}{f'.{generation}' if generation else ''}.safetensors"
+
+
+def query_number(file: str) -> tuple[int, int] | None:
+    """(number, generation) of a query's file; None for any other name."""
+    match = _QUERY.fullmatch(file)
+    return None if match is None else (int(match[1]), int(match[2] or 0))
 
 
 def chunk_number(file: str) -> tuple[int, int] | None:

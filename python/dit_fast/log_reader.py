@@ -52,6 +52,7 @@ class LogReader:
             self._chunks = [_ChunkRow(**row) for row in data["chunks"]]
             self.marks = {name: int(step) for name, step in data["marks"].items()}
             self.complete = bool(data["complete"])
+            self._queries = [_QueryRow(**row) for row in data.get("queries", [])]
             self._check_chunks()
         except (LogError, UnsupportedError):
             raise
@@ -147,10 +148,32 @@ class LogReader:
         except (ValueError, RuntimeError, IndexError) as error:
             raise LogError(f"{self._where(chunk.row)} is damaged: step {t}: {error}") from error
 
+    @property
+    def queries(self) -> list[tuple[str, int]]:
+        """(mark, step) of the stored queries."""
+        return [(row.mark, row.step) for row in self._queries if row.step <= self.num_steps]
+
+    def marked_queries(self) -> dict[int, tuple[list[str], dict[str, Tensor]]]:
+        """step → (labels, gradients [Q, …] per parameter) of the queries stored at marks."""
+        found, layout = {}, self.factor_layout
+        for row in self._queries:
+            if row.step > self.num_steps:  # of a killed run, whose last chunk was never finished
+                continue
+            file, where = self.path / row.file, f"{self.path / row.file} (query at mark '{row.mark}', step {row.step})"
+            if _file_digest(file) != row.sha256:
+                raise LogError(f"{where} is damaged: its sha256 is not the manifest's; restore the file from a copy")
+            gradients = safetensors.torch.load_file(file)
+            shapes = {} if layout is None else {name: (len(row.labels), *shape) for name, shape in layout.shapes.items()}
+            if {name: tuple(value.shape) for name, value in gradients.items()} != shapes:
+                raise LogError(f"{where} is damaged: its gradients are not of the parameters and shapes of the factors")
+            found[row.step] = list(row.labels), {name: gradients[name] for name in shapes}
+        return found
+
     def verify(self) -> None:
         """Read and check every chunk, also those already trusted."""
         self._trusted.clear()
         self._open.clear()
+        self.marked_queries()
         for chunk in self._chunks:
             self._chunk(chunk.start)
             for t in range(chunk.start, chunk.stop) if self.header.factors is not None else ():
@@ -277,6 +300,18 @@ class _ChunkRow:
     @property
     def stop(self) -> int:
         return self.start + self.steps
+
+
+@dataclass(frozen=True)
+class _QueryRow:
+    """A stored query as the manifest names it."""
+
+    file: str
+    mark: str
+    step: int
+    labels: list[str]
+    sha256: str
+    bytes: int
 
 
 class _OpenChunk:

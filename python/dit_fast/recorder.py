@@ -4,8 +4,8 @@ import atexit
 import os
 import warnings
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -18,10 +18,12 @@ from dit_fast.byte_sizes import parse_bytes
 from dit_fast.capture import Capture
 from dit_fast.errors import LogError, UnsupportedError
 from dit_fast.factor_options import FactorOptions, read_factor_options
-from dit_fast.log import Step
+from dit_fast.log import Step, StoredQuery
 from dit_fast.log_reader import LogReader
 from dit_fast.log_size import LOG_DTYPES, DiskBudget
+from dit_fast.marked_queries import query_gradients
 from dit_fast.named_batches import Batches, ForwardPasses, Named
+from dit_fast.queries import Query
 from dit_fast.ranks import Ranks
 from dit_fast.recording import Recording, Source, Watch, header_of
 
@@ -175,6 +177,10 @@ class Recorder:
         self._num_steps, self._marks = places[0].step, dict(places[0].marks)
         # a run that goes on may set again what it set just before it was stopped
         self._repeatable = {name for name, step in self._marks.items() if step == self._num_steps}
+        known: list[tuple[str, int]] = [] if self._point is None else self._point.log.queries
+        self._query_steps = {step: name for name, step in known if step <= self._num_steps}
+        self._asked: dict[str, StoredQuery] = {}
+        self._is_asking = False
         self._scope: _StepScope | None = None
         self._parts: list[_Part] | None = None
         self._recording: Watch | None = None
@@ -224,8 +230,12 @@ class Recorder:
         self._pending.append(self._read(ids, scale, coefficients, batch))
         self._collect()
 
-    def mark(self, name: str) -> None:
+    def mark(self, name: str, query: Query | Sequence[Query] | None = None) -> None:
         """Name this moment, such as the end of an epoch: `windows="epochs"` are the steps between marks.
+
+        query: one of dit_fast.queries or a list of them, whose gradients at the parameters as they are now are stored, so
+            that scores of windows that end here need no model. In a log with factors only, in its layers and projection;
+            the model runs in eval mode and is left as it was. `queries.loss` needs FactorOptions(per_sample_loss=...).
 
         After resume=True a mark at the step gone on from may be set once more: a kill just after it may have lost it.
         """
@@ -234,6 +244,7 @@ class Recorder:
             raise TypeError(f"a mark's name must be a non-empty string, got {name!r}")
         if name in self._marks and not (name in self._repeatable and self._marks[name] == self._num_steps):
             raise ValueError(f"mark '{name}' was set before, at step {self._marks[name]}; names must differ")
+        stored = None if query is None else self._ask(name, query)
         if self._num_steps == 0:
             warnings.warn(
                 f"mark '{name}' before the first step: a mark ends the window of the steps before it, so set it after them",
@@ -241,8 +252,34 @@ class Recorder:
                 stacklevel=2,
             )
         self._marks[name] = self._num_steps
-        if self._recording is not None:
+        if stored is not None and self._recording is not None:
+            self._recording.put_query(stored, self._marks)
+        elif stored is not None:
+            self._asked[name] = stored
+        elif self._recording is not None:
             self._recording.put_marks(self._marks)
+
+    def _ask(self, name: str, query: Query | Sequence[Query]) -> StoredQuery:
+        """The gradients of a query as it is now."""
+        if self._capture is None:
+            raise ValueError(f"mark '{name}': a query is stored in a log with factors: Recorder(..., factors=True)")
+        before = self._query_steps.get(self._num_steps)
+        if before not in (None, name):
+            raise ValueError(f"mark '{name}': a query was stored at step {self._num_steps} by mark '{before}'; one is enough")
+        header = header_of(replace(self._source(), has_dropout=modules.has_active_dropout(self._model), disk_budget=None))
+        self._is_asking = True
+        try:
+            with self._capture.paused():
+                labels, block = query_gradients(
+                    self._model, self._params, header, self._capture.options, query, self._num_steps
+                )
+        except (ValueError, LogError, UnsupportedError, TypeError) as error:
+            raise type(error)(f"mark '{name}': {error}") from error
+        finally:
+            self._is_asking = False
+        gradients = {key: value.cpu() for key, value in self._capture.project(block).items()}
+        self._query_steps[self._num_steps] = name
+        return StoredQuery(name, self._num_steps, labels, gradients)
 
     def flush(self) -> None:
         """Write every step so far and wait until it is on disk: call it before saving a checkpoint to resume from.
@@ -274,7 +311,7 @@ class Recorder:
         return self._batches.read(f"step {self._num_steps}", ids, scale, coefficients, batch)
 
     def _before_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self._elsewhere():
+        if not self._elsewhere() and not self._is_asking:
             self._passes.note(f"step {self._num_steps}", model, args, kwargs, next(iter(self._params.values())).device)
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -310,6 +347,8 @@ class Recorder:
             self._recording = Recording(
                 self.path, self._source(), self._chunk_bytes, self._queue_chunks, self._point, self._marks
             )
+            for stored in self._asked.values():
+                self._recording.put_query(stored, self._marks)
         else:
             self._recording = Watch(self._source())
         return _Part(self._pending, tuple(self._passes.rng), optimizers.group_settings(self._optimizer, self._rules), absent)
@@ -400,7 +439,10 @@ class Recorder:
         assert self._point is not None
         self._point.check_params(self._params)
         try:
-            resumption.cut(self._point, self._marks).update(self._marks, complete=True)
+            log = resumption.cut(self._point, self._marks)
+            for stored in self._asked.values():
+                log.add_query(stored)
+            log.update(self._marks, complete=True)
         except OSError as error:
             raise LogError(f"cannot write the log at {self.path}: {error.strerror or error}") from error
 

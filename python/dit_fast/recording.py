@@ -20,7 +20,7 @@ from dit_fast.background import (
 )
 from dit_fast.errors import LogError, UnsupportedError
 from dit_fast.factor_log import FactorSpec
-from dit_fast.log import MANIFEST, Header, LogWriter, Step, update_counts
+from dit_fast.log import MANIFEST, Header, LogWriter, Step, StoredQuery, update_counts
 from dit_fast.log_size import DiskBudget, choose_every, steps_per_chunk
 from dit_fast.optimizers import Clip, Rule
 
@@ -110,6 +110,9 @@ class Watch:
     def put_marks(self, marks: Mapping[str, int]) -> None:
         """Marks set since the last step."""
 
+    def put_query(self, query: StoredQuery, marks: Mapping[str, int]) -> None:
+        """A query's gradients at a mark."""
+
     def flush(self, marks: Mapping[str, int]) -> None:
         """Everything so far onto the disk."""
 
@@ -183,6 +186,10 @@ class Recording(Watch):
     def put_marks(self, marks: Mapping[str, int]) -> None:
         """Marks set since the last step, into the manifest."""
         self.writer.put_marks(marks)
+
+    def put_query(self, query: StoredQuery, marks: Mapping[str, int]) -> None:
+        """A query's gradients at a mark, into a file of their own."""
+        self.writer.put_query(query, marks)
 
     def add(self, step: Step, marks: Mapping[str, int]) -> None:
         """The step just done; waits only where every buffer is full."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from dit_fast import modules
 from dit_fast.directory import log_files
 from dit_fast.errors import LogError
-from dit_fast.log import Header, LogWriter, chunk_number
+from dit_fast.log import Header, LogWriter, chunk_number, query_number
 from dit_fast.log_reader import LogReader
 
 # what must be as it was besides the parameters and the optimizer: field of the header → how a message calls it
@@ -167,9 +167,9 @@ def cut(point: Point, marks: Mapping[str, int]) -> LogWriter:
     Raises OSError, and LogError for a damaged chunk.
     """
     log, path = point.log, point.log.path
-    generations = [found[1] for file in log_files(path) if (found := chunk_number(file.name)) is not None]
+    generations = [found[1] for file in log_files(path) if (found := chunk_number(file.name) or query_number(file.name))]
     num_chunks, rest = log.beginning(point.step)
-    writer = LogWriter.resume(path, log.header, log.manifest, num_chunks, max(generations, default=0) + 1)
+    writer = LogWriter.resume(path, log.header, log.manifest, num_chunks, max(generations, default=0) + 1, point.step)
     if rest is None:
         writer.update(marks, complete=False)
     else:

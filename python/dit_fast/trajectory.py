@@ -50,6 +50,7 @@ class _Source(Protocol):
     @property
     def factor_layout(self) -> Layout | None: ...
     def factors(self, t: int) -> list[Factors]: ...
+    def marked_queries(self) -> dict[int, tuple[list[str], dict[str, Tensor]]]: ...
 
 
 class Trajectory:
@@ -276,6 +277,15 @@ class Trajectory:
         LogError where the log holds none, or where they are damaged.
         """
         return self._source.factors(self._checked(t, self.num_steps - 1))
+
+    @property
+    def marked_queries(self) -> dict[int, tuple[list[str], dict[str, Tensor]]]:
+        """step → (a label for each of Q values, q [Q, *shape] per parameter) of the queries stored by `recorder.mark(name,
+        query=...)` when so many steps were done, in the shapes of `factor_layout`; read anew at each use.
+
+        LogError where a file is missing or damaged.
+        """
+        return self._source.marked_queries()
 
     def rng_states(self, t: int) -> tuple[Tensor, ...]:
         """The random generator's state before each micro-batch of step t; empty where not logged."""
