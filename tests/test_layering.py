@@ -50,24 +50,19 @@ ALLOWED = {
         "data errors factor_check factor_log factor_options factor_store layer_factors named_batches numerics optimizers "
         "output_slopes"
     ),
+    "recorder": (
+        "byte_sizes capture directory errors factor_options log log_reader log_size marked_queries modules named_batches "
+        "optimizers queries ranks recording resumption"
+    ),
     "arrays": "data errors factored log optimizers",
     "trajectory": "arrays errors factored log log_reader optimizers",
     # what is asked of it
     "problem": "data errors log modules numerics trajectory",
     "queries": "data problem",
-    "replay": "errors optimizers problem trajectory",
     "marked_queries": "factor_options log problem queries trajectory",
-    "recorder": (
-        "byte_sizes capture directory errors factor_options log log_reader log_size marked_queries modules named_batches "
-        "optimizers queries ranks recording resumption"
-    ),
-    "replay": "errors optimizers problem",
+    "replay": "errors optimizers problem trajectory",
     "guard": "errors problem replay",
     "result": "trajectory",
-    "curves": "result trajectory",
-    "patterns": "curves",
-    "correlation": "curves patterns result",
-    "detection": "result",
     # how it is answered
     "linearize": "data errors problem",
     "plan": "byte_sizes linearize problem trajectory",
@@ -87,43 +82,40 @@ ALLOWED = {
     "duals": "",
     "layers": "duals problem recognize",
     "layerwise": "data duals layers linearize problem recognize sweep",
-    "retrain": ("byte_sizes data guard native native_retrain plan problem progress queries recognize replay result trajectory"),
+    "retrain": "byte_sizes data guard native native_retrain plan problem progress queries recognize replay result trajectory",
     "score": (
-        "factors guard layerwise linearize logged native plan problem progress queries recognize replay result retrain sweep "
-        "trajectory"
+        "factors guard layerwise linearize logged native plan problem progress queries recognize replay result retrain "
+        "sweep trajectory"
     ),
     "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
     "reference": "data problem progress queries result trajectory",
-    "suspects": "data plan problem progress queries replay result score trajectory",
-    "datamodeling": "correlation curves problem queries result retrain score trajectory",
-    "cleaning": "data detection guard plan problem progress replay suspects trajectory",
     "index": (
-        "byte_sizes errors factor_products factor_run linearize logged numerics plan problem progress queries replay result "
-    # what users meet
-    "__init__": (
-        "data errors estimate factor_options log_size ops optimizers problem queries recorder reference result retrain score "
-        "trajectory"
+        "byte_sizes errors factor_products factor_run linearize logged numerics plan problem progress queries replay "
+        "result trajectory"
     ),
     # what users meet
-    "analysis": "cleaning correlation curves datamodeling detection patterns suspects",
+    "analysis": "",
     "__init__": (
-        "analysis data errors estimate log_size ops optimizers problem queries recorder reference result retrain score "
-        "trajectory"
+        "data errors estimate factor_options log_size ops optimizers problem queries recorder reference result retrain "
+        "score trajectory"
     ),
-    "integrations.__init__": "",
-    "integrations.transformers": "errors recorder",
-    "integrations.lightning": "errors recorder",
-    "plots": "correlation curves detection patterns result",
+    "plots": "analysis result",
     "demo": "__init__ analysis",
     "cli": "errors",
     "__main__": "cli",
 }
 # imports inside functions or for type checkers alone, which keep matplotlib, torch or a cycle out of `import dit_fast`
-LAZY = {"trajectory": "index", "result": "plots", "score": "estimate", "demo": "plots", "cli": "__init__ demo log"}
+LAZY = {
+    "trajectory": "index",
+    "result": "plots",
+    "score": "estimate",
+    "demo": "plots",
+    "cli": "__init__ demo log",
+}
 # the slow truth shares no code with what it judges
 NOT_IN_REFERENCE = (
-    "ops optimizers score estimate sweep linearize layerwise native native_retrain recognize plan factors replay retrain "
-    "duals layers"
+    "ops optimizers score estimate sweep linearize layerwise native native_retrain recognize plan factors replay "
+    "retrain duals layers"
 )
 
 

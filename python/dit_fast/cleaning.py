@@ -17,7 +17,7 @@ from dit_fast.detection import checked_ranking
 from dit_fast.guard import check_problem
 from dit_fast.problem import Batch, Evaluator, Params, Problem
 from dit_fast.progress import progress_bar
-from dit_fast.replay import Point, Replay, advance, batch_gradient
+from dit_fast.replay import Point, Replay, advance
 from dit_fast.suspects import CHUNK, class_logits, data_batches, output_of
 from dit_fast.trajectory import Trajectory
 
@@ -203,7 +203,7 @@ def _train(ev: Evaluator, start: Point, seed: int, progress: Callable[[int], obj
     torch.manual_seed(seed)
     point = start
     for t in range(ev.trajectory.num_steps):
-        point = advance(ev, t, point, batch_gradient(ev, t, point.params))
+        point = advance(ev, t, point, ev.batch_gradient(t, point.params))
         progress(1)
     return point.params
 
