@@ -50,19 +50,23 @@ ALLOWED = {
         "data errors factor_check factor_log factor_options factor_store layer_factors named_batches numerics optimizers "
         "output_slopes"
     ),
-    "recorder": (
-        "byte_sizes capture directory errors factor_options log log_reader log_size marked_queries modules named_batches "
-        "optimizers queries ranks recording resumption"
-    ),
     "arrays": "data errors factored log optimizers",
     "trajectory": "arrays errors factored log log_reader optimizers",
     # what is asked of it
     "problem": "data errors log modules numerics trajectory",
     "queries": "data problem",
     "marked_queries": "factor_options log problem queries trajectory",
+    "recorder": (
+        "byte_sizes capture directory errors factor_options log log_reader log_size marked_queries modules named_batches "
+        "optimizers queries ranks recording resumption"
+    ),
     "replay": "errors optimizers problem trajectory",
     "guard": "errors problem replay",
     "result": "trajectory",
+    "curves": "result trajectory",
+    "patterns": "curves",
+    "correlation": "curves patterns result",
+    "detection": "result",
     # how it is answered
     "linearize": "data errors problem",
     "plan": "byte_sizes linearize problem trajectory",
@@ -73,7 +77,8 @@ ALLOWED = {
     "fused": "errors factor_products factor_run plan sweep",
     "gram": "byte_sizes errors factor_products factor_run factored fused plan sweep trajectory",
     "logged": (
-        "factor_products factor_run fused gram linearize numerics plan problem progress queries replay result sweep trajectory"
+        "factor_products factor_run fused gram linearize numerics plan problem progress queries replay result sweep "
+        "trajectory"
     ),
     "recognize": "mlp problem",
     "native": "data errors linearize log mlp ops optimizers plan problem queries recognize sweep",
@@ -89,17 +94,23 @@ ALLOWED = {
     ),
     "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
     "reference": "data problem progress queries result trajectory",
+    "suspects": "data plan problem progress queries replay result score trajectory",
+    "datamodeling": "correlation curves problem queries result retrain score trajectory",
+    "cleaning": "data detection guard plan problem progress replay suspects trajectory",
     "index": (
         "byte_sizes errors factor_products factor_run linearize logged numerics plan problem progress queries replay "
         "result trajectory"
     ),
     # what users meet
-    "analysis": "",
+    "analysis": "cleaning correlation curves datamodeling detection patterns suspects",
     "__init__": (
-        "data errors estimate factor_options log_size ops optimizers problem queries recorder reference result retrain "
-        "score trajectory"
+        "analysis data errors estimate factor_options log_size ops optimizers problem queries recorder reference result "
+        "retrain score trajectory"
     ),
-    "plots": "analysis result",
+    "integrations.__init__": "",
+    "integrations.transformers": "errors recorder",
+    "integrations.lightning": "errors recorder",
+    "plots": "correlation curves detection patterns result",
     "demo": "__init__ analysis",
     "cli": "errors",
     "__main__": "cli",
