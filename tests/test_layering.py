@@ -73,7 +73,7 @@ ALLOWED = {
     "reference": "data problem progress queries result trajectory",
     "suspects": "data plan problem progress queries replay result score trajectory",
     "datamodeling": "correlation curves problem queries result retrain score trajectory",
-    "cleaning": "data detection guard plan problem progress replay suspects trajectory",
+    "cleaning": "data detection guard numerics plan problem progress replay suspects trajectory",
     # what users meet
     "analysis": "cleaning correlation curves datamodeling detection patterns suspects",
     "__init__": (
