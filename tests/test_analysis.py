@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dit_fast import Influence, analysis
+from dit_fast import Influence, analysis, correlation, datamodeling
 from dit_fast.trajectory import Window
 
 RANKING = [0.1, 0.9, 0.5, 0.7, 0.3]  # order of inspection: 1, 3, 2, 4, 0
@@ -202,6 +202,8 @@ def test_stages_are_the_longest_chain():
     assert analysis.stages(plain) is plain
     longer = analysis.stages(influence(np.zeros((2, 1)), windows=[(0, 4), (2, 9)]))
     assert [window.name for window in longer.windows] == ["2-9"]
+    first = analysis.stages(influence(np.zeros((2, 1)), windows=[(6, 10), (0, 4)]))
+    assert [window.name for window in first.windows] == ["0-4"]
 
 
 # six windows: thirds are two each
@@ -251,6 +253,11 @@ def test_patterns_count_steps_and_not_windows():
     found = analysis.patterns(values, windows=[(0, 10), (10, 30), (30, 60)])
     assert found.first_third.tolist() == pytest.approx([(3 + 1.5) / 9])
     assert found.last_third.tolist() == pytest.approx([3 * (20 / 30) / 9])
+
+
+def test_variation_is_of_influence_per_step():
+    found = analysis.patterns(np.array([[1.0], [2.0], [0.5]]), windows=[(0, 10), (10, 30), (30, 35)])
+    assert found.variation.tolist() == pytest.approx([0], abs=1e-7)
 
 
 def test_patterns_of_few_windows():
@@ -314,6 +321,9 @@ def test_stage_correlation_of_the_largest():
     # {0, 1} with {0, 4}: one of three; with {0, 1}, the first of the equal: all
     assert found.matrix[0].tolist() == pytest.approx([1, 1 / 3, math.nan, 1], nan_ok=True)
     assert found.constant == ["window 2"] and found.k == 2 and "top-2 jaccard" in repr(found)
+    # samples at 0 are in no top: {0, 3} with {1, 3}
+    few = analysis.stage_correlation([[5, 0, 0, 1], [0, 3, 0, 1], [0, 0, 1, 0]], "jaccard", k=3)
+    assert few.matrix[0, 1] == pytest.approx(1 / 3)
     assert analysis.stage_correlation(rows, "jaccard").k == 1
     assert analysis.stage_correlation(np.ones((2, 11)), "jaccard").k == 2
     with pytest.raises(ValueError, match="k must be between 1 and the number of samples, 5, got 6"):
@@ -433,6 +443,13 @@ def test_lds_bootstrap_is_that_of_literal_resampling():
     literal = np.quantile([stats.spearmanr(sums[d], truth[d])[0] for d in draws], [0.025, 0.975])
     np.testing.assert_allclose(found.interval[0], literal, atol=0.1)
     assert math.isnan(analysis.lds(influence([sums]), influence([truth], groups=GROUPS * 3), bootstrap=0).interval[0, 0])
+
+
+def test_groups_drawn_several_times_are_ranked_as_copies():
+    a, b = np.array([1.0, 1, 2, 5]), np.array([0.0, 3, 3, 1])
+    counts = np.array([[1, 1, 1, 1], [0, 3, 1, 2], [2, 0, 2, 0], [4, 0, 0, 0]])
+    copies = [correlation.spearman(np.repeat(a, row), np.repeat(b, row)) for row in counts]
+    np.testing.assert_allclose(datamodeling._weighted_spearman(a, b, counts.astype(float)), copies)
 
 
 @pytest.mark.parametrize(

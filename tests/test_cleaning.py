@@ -142,7 +142,7 @@ def test_a_parameter_that_no_module_draws_needs_initialize():
 def test_adam_with_clipping_and_micro_batches(run, tmp_path):
     batches, _, _ = schedule(12)
 
-    def fit(recorder_path=None, left_out=()):
+    def fit(recorder_path=None, left_out=(), batches=batches):
         model = run.case.model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
         recorder = recorder_path and dit_fast.Recorder(recorder_path, model, optimizer, num_samples=12, clip_norm=0.5, every=3)
@@ -167,6 +167,15 @@ def test_adam_with_clipping_and_micro_batches(run, tmp_path):
     )
     assert result.before[0] == pytest.approx(before, abs=1e-9)
     assert result.after[0] == pytest.approx(fit(left_out=[1, 4, 7]), abs=1e-9) and abs(result.gain[0]) > 1e-2
+
+    def start(model):
+        model.load_state_dict(run.case.model().state_dict())
+
+    exchange = cleaning._exchange(12, torch.cat(batches).unique(), 2)
+    trajectory = dit_fast.Trajectory.open(tmp_path / "log")
+    options = {"evaluate": probe, "fraction": 0.25, "seeds": [2], "initialize": start}
+    other = analysis.clean(trajectory, run.problem(l2=0.0), RANKING, **options)
+    assert other.before[0] == pytest.approx(fit(batches=[exchange[ids] for ids in batches]), abs=1e-9)
 
 
 def test_nothing_outside_is_changed(run):

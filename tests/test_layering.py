@@ -96,7 +96,7 @@ ALLOWED = {
     "reference": "data problem progress queries result trajectory",
     "suspects": "data plan problem progress queries replay result score trajectory",
     "datamodeling": "correlation curves problem queries result retrain score trajectory",
-    "cleaning": "data detection guard plan problem progress replay suspects trajectory",
+    "cleaning": "data detection guard numerics plan problem progress replay suspects trajectory",
     "index": (
         "byte_sizes errors factor_products factor_run linearize logged numerics plan problem progress queries replay "
         "result trajectory"
