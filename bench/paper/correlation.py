@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import torch
+
 from dit_fast import leave_one_out
 from dit_fast.analysis import agreement
 

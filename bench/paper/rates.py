@@ -3,7 +3,8 @@
     python -m bench.paper.rates
 
 Rule: the smallest rate of RATES whose training accuracy after 21 epochs, on clean labels, mean over the seeds, is within
-five points of the best: that keeps away from rates that fit label noise or hardly converge. All other scripts read results/rates.json.
+five points of the best, which keeps away from rates that fit label noise or hardly converge. All other scripts read
+results/rates.json.
 """
 
 import time

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ class Run:
         ends = self.epochs
         num_epochs = len(ends) - 1
         cut = [ends[round(part * num_epochs / 3)] for part in range(4)]
-        thirds = dict(zip(("first third", "middle third", "last third"), zip(cut, cut[1:], strict=False), strict=True))
+        thirds = dict(zip(("first third", "middle third", "last third"), pairwise(cut), strict=True))
         return {**thirds, "whole run": (0, ends[-1])}
 
 

@@ -15,6 +15,9 @@ import numpy as np
 import torch
 
 HERE = Path(__file__).parent
+GIT = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+# asked when a script begins: it may change while one runs
+COMMIT = subprocess.run(GIT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def spread(values: Sequence[float], digits: int = 2, scale: float = 1.0) -> str:
@@ -49,11 +52,9 @@ def parser(description: str | None, quick: str) -> argparse.ArgumentParser:
 def origin(began: float, seeds: int) -> dict[str, Any]:
     """Where and how figures were made."""
     name = Path(sys.argv[0]).stem
-    git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command": f"python -m bench.paper.{name} --seeds {seeds}",
-        "commit": commit or "unknown",
+        "commit": COMMIT,
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{processor()}, {torch.get_num_threads()} thread",
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
