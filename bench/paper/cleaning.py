@@ -98,7 +98,7 @@ def main() -> None:
                 else:
                     rows += measure(data, net, flips, seed, chosen_rate(data, net, SAMPLES))
         print(f"{time.perf_counter() - began:6.0f} s  {data} {net}", flush=True)
-    tables.finish("cleaning", began, arguments, rows, report(rows))
+    tables.finish("cleaning", began, arguments, rows, report)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def table(rows: list[dict[str, Any]], key: str, windows: tuple[str, ...]) -> str
 def total(rows: list[dict[str, Any]], method: str, key: str) -> float:
     """The sum over seeds in the whole run, NaN as 0."""
     values = [row[key] for row in rows if (row["method"], row["window"]) == (method, "whole run")]
-    return sum(value for value in values if value == value)
+    return sum(value for value in values if value is not None and value == value)
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def main() -> None:
             else:
                 rows += measure(data, net, seed, chosen_rate(data, net, SAMPLES))
         print(f"{time.perf_counter() - began:6.0f} s  {data} {net}", flush=True)
-    tables.finish("correlation", began, arguments, rows, report(rows))
+    tables.finish("correlation", began, arguments, rows, report)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def main() -> None:
                 else:
                     rows += measure(data, net, epochs, flips, seed, chosen_rate(data, net, SAMPLES))
         print(f"{time.perf_counter() - began:6.0f} s  {data} {net} {epochs}", flush=True)
-    tables.finish("detection", began, arguments, rows, report(rows))
+    tables.finish("detection", began, arguments, rows, report)
 
 
 if __name__ == "__main__":

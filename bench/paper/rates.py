@@ -47,6 +47,16 @@ def choose(means: dict[float, float]) -> float:
     return min(rate for rate, mean in means.items() if mean >= max(means.values()) - 0.05)
 
 
+def report(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The table."""
+    rates = list(rows[0]["accuracy"])
+    lines = [
+        [row["data"], row["net"], str(row["samples"]), *(f"{row['accuracy'][r]:.1%}" for r in rates), f"{row['chosen']:g}"]
+        for row in rows
+    ]
+    return {"Training accuracy by learning rate": tables.markdown(["data", "net", "samples", *rates, "chosen"], lines)}
+
+
 def main() -> None:
     arguments = tables.parser(__doc__, "two rates on digits, written nowhere").parse_args()
     torch.set_num_threads(1)
@@ -57,14 +67,17 @@ def main() -> None:
         for net in names:
             found = {r: [training_accuracy(data, net, samples, r, s) for s in range(arguments.seeds)] for r in rates}
             means = {rate: sum(values) / len(values) for rate, values in found.items()}
-            rows.append({"data": data, "net": net, "samples": samples, "chosen": choose(means), "accuracy": means})
+            rows.append(
+                {
+                    "data": data,
+                    "net": net,
+                    "samples": samples,
+                    "chosen": choose(means),
+                    "accuracy": {f"{r:g}": m for r, m in means.items()},
+                }
+            )
             print(rows[-1], flush=True)
-    header = ["data", "net", "samples", *(f"{rate:g}" for rate in rates), "chosen"]
-    lines = [
-        [row["data"], row["net"], str(row["samples"]), *(f"{row['accuracy'][r]:.1%}" for r in rates), f"{row['chosen']:g}"]
-        for row in rows
-    ]
-    tables.finish("rates", began, arguments, rows, {"Training accuracy by learning rate": tables.markdown(header, lines)})
+    tables.finish("rates", began, arguments, rows, report)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def main() -> None:
             else:
                 rows.append(measure(data, net, seed, chosen_rate(data, net, SAMPLES)))
         print(f"{time.perf_counter() - began:6.0f} s  {data} {net}", flush=True)
-    tables.finish("stages", began, arguments, rows, report(rows))
+    tables.finish("stages", began, arguments, rows, report)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,15 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+# makes tables with their titles of rows
+Report = Callable[[list[dict[str, Any]]], dict[str, str]]
 
 HERE = Path(__file__).parent
 GIT = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
@@ -20,9 +23,9 @@ GIT = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
 COMMIT = subprocess.run(GIT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
-def spread(values: Sequence[float], digits: int = 2, scale: float = 1.0) -> str:
+def spread(values: Sequence[float | None], digits: int = 2, scale: float = 1.0) -> str:
     """ "mean ± standard deviation" over seeds (of the sample, n − 1); seeds without a value are left out and counted."""
-    known = np.array([value for value in values if value == value]) * scale
+    known = np.array([value for value in values if value is not None and value == value]) * scale
     if not len(known):
         return "–"
     deviation = known.std(ddof=1) if len(known) > 1 else 0.0
@@ -30,7 +33,7 @@ def spread(values: Sequence[float], digits: int = 2, scale: float = 1.0) -> str:
     return f"{known.mean():.{digits}f} ± {deviation:.{digits}f}{missing}"
 
 
-def percent(values: Sequence[float], digits: int = 0) -> str:
+def percent(values: Sequence[float | None], digits: int = 0) -> str:
     """The same in per cent."""
     return spread(values, digits, 100.0)
 
@@ -83,7 +86,7 @@ def write(name: str, record: dict[str, Any], text: str) -> None:
     """results/NAME.json and .md, and the part of README.md between the marks of that name."""
     folder = HERE / "results"
     folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(one_row_a_line(rounded(record)) + "\n", "utf-8")
+    (folder / f"{name}.json").write_text(one_row_a_line(record) + "\n", "utf-8")
     (folder / f"{name}.md").write_text(text, "utf-8")
     readme = HERE / "README.md"
     if readme.is_file():
@@ -98,10 +101,10 @@ def one_row_a_line(record: dict[str, Any]) -> str:
     return f'{{"origin": {json.dumps(record["origin"], ensure_ascii=False)},\n"rows": [\n{rows}\n]}}'
 
 
-def finish(name: str, began: float, arguments: argparse.Namespace, rows: list[Any], found: dict[str, str]) -> None:
+def finish(name: str, began: float, arguments: argparse.Namespace, rows: list[Any], report: Report) -> None:
     """Prints the tables and, unless --quick, writes them with their rows and origin."""
-    record = {"origin": origin(began, arguments.seeds), "rows": rows}
-    text = section(record, found)
+    record = rounded({"origin": origin(began, arguments.seeds), "rows": rows})
+    text = section(record, report(record["rows"]))
     if not arguments.quick:
         write(name, record, text)
     print(text)
