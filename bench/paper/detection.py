@@ -81,7 +81,7 @@ def measure(
     windows = [row for row in rows if row["ranking"].startswith("DIT") and "whole" not in row["ranking"]]
     rows.append(max(windows, key=lambda row: row["found at 1×"]) | {"ranking": "DIT, best window"})
     same = {"data": data, "net": net, "epochs": epochs, "flips": flips, "seed": seed, "fitted": fitted}
-    return [same | row for row in rows]
+    return [same | row for row in rows if row["ranking"] in SHOWN]
 
 
 def fitted_share(run: Run) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """One logged training run, as every script here makes it: SGD, batch 64, 21 epochs, mean loss, a constant rate."""
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +12,10 @@ from torch import Tensor, nn
 
 import dit_fast as dit
 
-from . import nets
+from . import nets, tables
 from .datasets import Split
 
 EPOCHS, BATCH = 21, 64
-RATES = Path(__file__).parent / "results" / "rates.json"
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,7 @@ def backward(model: nn.Module, optimizer: torch.optim.Optimizer, split: Split, i
 
 def chosen_rate(data: str, net: str, num_train: int) -> float:
     """The rate that `rates.py` chose by training accuracy, before any score was computed."""
-    rows = json.loads(RATES.read_text("utf-8"))["rows"] if RATES.is_file() else []
-    for row in rows:
+    for row in tables.read("rates")["rows"]:
         if (row["data"], row["net"], row["samples"]) == (data, net, num_train):
             return float(row["chosen"])
     raise ValueError(f"no rate for {data} {net} with {num_train} samples: run python -m bench.paper.rates")

@@ -45,6 +45,7 @@ def measure(data: str, net: str, seed: int, rate: float, samples: int = SAMPLES,
             "data": data,
             "net": net,
             "seed": seed,
+            "spearman of retraining": None,
             **{kind: {join(a, b): float(m[places[a], places[b]]) for a, b in PAIRS} for kind, m in alike.items()},
             "patterns": patterns(by_epoch).shares,
         }
@@ -71,7 +72,7 @@ def report(rows: list[dict[str, Any]]) -> dict[str, str]:
 def table(rows: list[dict[str, Any]], kind: str, columns: list[str], cell: Any = tables.spread) -> str:
     """A line for each run that has this kind of figure."""
     lines = []
-    for data, net in dict.fromkeys((row["data"], row["net"]) for row in rows if kind in row):
+    for data, net in dict.fromkeys((row["data"], row["net"]) for row in rows if row[kind]):
         of_run = [row[kind] for row in rows if (row["data"], row["net"]) == (data, net)]
         lines.append([data, net, *(cell([values[column] for values in of_run]) for column in columns)])
     return tables.markdown(["data", "net", *columns], lines)

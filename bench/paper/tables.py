@@ -86,7 +86,7 @@ def write(name: str, record: dict[str, Any], text: str) -> None:
     """results/NAME.json and .md, and the part of README.md between the marks of that name."""
     folder = HERE / "results"
     folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(one_row_a_line(record) + "\n", "utf-8")
+    (folder / f"{name}.json").write_text(as_json(record) + "\n", "utf-8")
     (folder / f"{name}.md").write_text(text, "utf-8")
     readme = HERE / "README.md"
     if readme.is_file():
@@ -95,10 +95,18 @@ def write(name: str, record: dict[str, Any], text: str) -> None:
         readme.write_text(marks.sub(lambda m: f"{m[1]}\n{text}\n{m[2]}", old), "utf-8")
 
 
-def one_row_a_line(record: dict[str, Any]) -> str:
-    """JSON with a line for each row, so that differences can be read."""
-    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in record["rows"])
-    return f'{{"origin": {json.dumps(record["origin"], ensure_ascii=False)},\n"rows": [\n{rows}\n]}}'
+def as_json(record: dict[str, Any]) -> str:
+    """Rows as lists under the names of their columns, a line each, so that files stay small and differences can be read."""
+    columns = list(record["rows"][0])
+    rows = ",\n".join(json.dumps([row[name] for name in columns], ensure_ascii=False) for row in record["rows"])
+    origin, names = (json.dumps(part, ensure_ascii=False) for part in (record["origin"], columns))
+    return f'{{"origin": {origin},\n"columns": {names},\n"rows": [\n{rows}\n]}}'
+
+
+def read(name: str) -> dict[str, Any]:
+    """What results/NAME.json holds, its rows as dicts again; FileNotFoundError where it was not made."""
+    record = json.loads((HERE / "results" / f"{name}.json").read_text("utf-8"))
+    return {"origin": record["origin"], "rows": [dict(zip(record["columns"], row, strict=True)) for row in record["rows"]]}
 
 
 def finish(name: str, began: float, arguments: argparse.Namespace, rows: list[Any], report: Report) -> None:
