@@ -2,7 +2,7 @@
 
     python -m bench.paper.cleaning
 
-The runs of `detection`, those of 21 epochs. As many samples are dropped as were flipped. Retraining repeats the log's own
+Runs of `detection`, of 21 epochs. As many samples are dropped as were flipped. Retraining repeats the log's own
 batches and keeps every other sample's weight in them (`leave_one_out(groups=...)`). "random" drops as many at random, "true
 flips" exactly the flipped ones: what can be had.
 """
@@ -17,10 +17,11 @@ from dit_fast.analysis import suspicion
 
 from . import rivals, tables
 from .datasets import load
-from .detection import NUM_VAL, RUNS, SAMPLES
-from .runs import EPOCHS, Run, chosen_rate, logged
+from .detection import NUM_VAL, SAMPLES
+from .runs import Run, chosen_rate, logged
 
 FLIPS = (0.1, 0.2, 0.3)
+RUNS = [("mnist", "mlp"), ("emnist", "mlp"), ("cifar", "mlp"), ("cifar", "cnn")]
 DROPPED = ("nothing", "DIT, last third", "DIT, whole run", "training loss", "random", "true flips")
 
 
@@ -88,9 +89,7 @@ def main() -> None:
     torch.set_num_threads(1)
     began = time.perf_counter()
     rows: list[dict[str, Any]] = []
-    for data, net in (
-        [("digits", "mlp"), ("digits", "cnn")] if arguments.quick else [run[:2] for run in RUNS if run[2] == EPOCHS]
-    ):
+    for data, net in [("digits", "mlp"), ("digits", "cnn")] if arguments.quick else RUNS:
         for flips in FLIPS[-1:] if arguments.quick else FLIPS:
             for seed in range(arguments.seeds):
                 if arguments.quick:
