@@ -14,6 +14,7 @@
 #include "mlp_gradient.h"
 #include "mlp_retrain.h"
 #include "mlp_sweep.h"
+#include "update_dot.h"
 
 namespace py = pybind11;
 
@@ -21,50 +22,76 @@ namespace {
 
 using dit_fast::Index;
 using dit_fast::Rows;
-using dit_fast::Sizes;
 
 using Address = std::uintptr_t;
+using Three = std::array<Index, 3>;
 using Five = std::array<Index, 5>;
 
-// An operand: its address and the strides of its first two dimensions, in elements (a matrix has the first alone).
-using Operand = std::pair<Address, std::array<Index, 2>>;
+// An operand: its address and the strides, in elements, of all its dimensions but the last.
+using Operand = std::pair<Address, Three>;
+// S; delta [B,R,S,O]; activations [B,S,I]
+using SamplesSpec = std::tuple<Index, Operand, Operand>;
+// O, I; weight [K,O,I]; bias [K,O]
+using DirectionsSpec = std::tuple<std::array<Index, 2>, Operand, Operand>;
+// coefficients or dots [K,B,R], B and R
+using PerSample = std::pair<Operand, std::array<Index, 2>>;
 
 template <class T>
 Rows<T> rows(const Operand& operand, Index num_inner) {
   return {reinterpret_cast<T*>(operand.first), operand.second[0], operand.second[1], num_inner};
 }
 
-// One row per column k.
 template <class T>
-Rows<T> rows_of_columns(const Operand& operand, Index num_columns) {
-  return {reinterpret_cast<T*>(operand.first), 0, operand.second[0], num_columns};
-}
-
-Sizes sizes_of(const Five& sizes) {
-  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
+Rows<T> rows(const PerSample& operand) {
+  return rows<T>(operand.first, operand.second[0]);
 }
 
 template <class Real>
-dit_fast::GradDot<Real> grad_dot_args(const Five& n, const Operand& dots, const Operand& delta,
-                                      const Operand& activations, const Operand& weight, const Operand& bias) {
-  return {sizes_of(n),
-          rows_of_columns<double>(dots, n[0]),
-          rows<const Real>(delta, n[2]),
-          rows<const Real>(activations, n[2]),
-          rows<const Real>(weight, n[3]),
-          rows_of_columns<const Real>(bias, n[0])};
+dit_fast::Samples<Real> samples(const std::array<Index, 2>& n, const SamplesSpec& spec) {
+  const auto& [S, delta, activations] = spec;
+  const auto& [sample, row, position] = delta.second;
+  return {n[0],
+          n[1],
+          S,
+          {reinterpret_cast<const Real*>(delta.first), sample, row, position},
+          rows<const Real>(activations, S)};
+}
+
+template <class T>
+dit_fast::Directions<T> directions(Index K, const DirectionsSpec& spec) {
+  const auto& [n, weight, bias] = spec;
+  return {K, n[0], n[1], rows<T>(weight, n[0]),
+          // one row per column k
+          Rows<T>{reinterpret_cast<T*>(bias.first), 0, bias.second[0], K}};
 }
 
 template <class Real>
-dit_fast::LowrankUpdate<Real> lowrank_update_args(const Five& n, const Operand& weight, const Operand& bias,
-                                                  const Operand& coefficients, const Operand& delta,
-                                                  const Operand& activations) {
-  return {sizes_of(n),
-          rows<Real>(weight, n[3]),
-          rows_of_columns<Real>(bias, n[0]),
-          rows_of_columns<const double>(coefficients, n[0]),
-          rows<const Real>(delta, n[2]),
-          rows<const Real>(activations, n[2])};
+dit_fast::GradDot<Real> grad_dot_args(Index K, const PerSample& dots,
+                                      const std::vector<std::pair<SamplesSpec, DirectionsSpec>>& layers) {
+  dit_fast::GradDot<Real> args{rows<double>(dots), {}};
+  for (const auto& [s, d] : layers)
+    args.layers.push_back({samples<Real>(dots.second, s), directions<const Real>(K, d)});
+  return args;
+}
+
+template <class Real>
+dit_fast::LowrankUpdate<Real> lowrank_update_args(Index K, double alpha, const PerSample& coefficients,
+                                                  const std::vector<std::pair<SamplesSpec, DirectionsSpec>>& layers) {
+  dit_fast::LowrankUpdate<Real> args{alpha, rows<const double>(coefficients), {}};
+  for (const auto& [s, d] : layers)
+    args.layers.push_back({samples<Real>(coefficients.second, s), directions<Real>(K, d)});
+  return args;
+}
+
+template <class Real>
+dit_fast::UpdateDot<Real> update_dot_args(
+    Index K, double alpha, const PerSample& coefficients, const PerSample& dots,
+    const std::vector<std::tuple<SamplesSpec, SamplesSpec, DirectionsSpec>>& layers) {
+  dit_fast::UpdateDot<Real> args{alpha, rows<const double>(coefficients), rows<double>(dots), {}};
+  for (const auto& [update, dot, d] : layers)
+    args.layers.push_back(
+        {samples<Real>(coefficients.second, update), samples<Real>(dots.second, dot), directions<Real>(K, d)});
+  return args;
 }
 
 // O, I, position of the weight and of the bias in a row of theta, number of the activation; its slope
@@ -139,20 +166,26 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "grad_dot_cpu",
-      [](bool twice, const Five& n, const Operand& dots, const Operand& delta, const Operand& activations,
-         const Operand& weight, const Operand& bias, int threads) {
-        if (twice) return cpu::grad_dot(grad_dot_args<double>(n, dots, delta, activations, weight, bias), threads);
-        cpu::grad_dot(grad_dot_args<float>(n, dots, delta, activations, weight, bias), threads);
+      [](bool twice, Index K, const PerSample& dots, const std::vector<std::pair<SamplesSpec, DirectionsSpec>>& layers,
+         int threads) {
+        if (twice) return cpu::grad_dot(grad_dot_args<double>(K, dots, layers), threads);
+        cpu::grad_dot(grad_dot_args<float>(K, dots, layers), threads);
       },
       Free());
   m.def(
       "lowrank_update_cpu",
-      [](bool twice, const Five& n, const Operand& weight, const Operand& bias, const Operand& coefficients,
-         const Operand& delta, const Operand& activations, int threads) {
-        if (twice)
-          return cpu::lowrank_update(lowrank_update_args<double>(n, weight, bias, coefficients, delta, activations),
-                                     threads);
-        cpu::lowrank_update(lowrank_update_args<float>(n, weight, bias, coefficients, delta, activations), threads);
+      [](bool twice, Index K, double alpha, const PerSample& coefficients,
+         const std::vector<std::pair<SamplesSpec, DirectionsSpec>>& layers, int threads) {
+        if (twice) return cpu::lowrank_update(lowrank_update_args<double>(K, alpha, coefficients, layers), threads);
+        cpu::lowrank_update(lowrank_update_args<float>(K, alpha, coefficients, layers), threads);
+      },
+      Free());
+  m.def(
+      "update_dot_cpu",
+      [](bool twice, Index K, double alpha, const PerSample& coefficients, const PerSample& dots,
+         const std::vector<std::tuple<SamplesSpec, SamplesSpec, DirectionsSpec>>& layers, int threads) {
+        if (twice) return cpu::update_dot(update_dot_args<double>(K, alpha, coefficients, dots, layers), threads);
+        cpu::update_dot(update_dot_args<float>(K, alpha, coefficients, dots, layers), threads);
       },
       Free());
   m.def(
@@ -231,24 +264,33 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_compiler") = "nvcc " DIT_FAST_CUDA_VERSION;
   m.def(
       "grad_dot_cuda",
-      [](bool twice, const Five& n, const Operand& dots, const Operand& delta, const Operand& activations,
-         const Operand& weight, const Operand& bias, int device, Address stream) {
-        void* queue = reinterpret_cast<void*>(stream);
+      [](bool twice, Index K, const PerSample& dots, const std::vector<std::pair<SamplesSpec, DirectionsSpec>>& layers,
+         int device, Address stream) {
         if (twice)
-          return cuda::grad_dot(grad_dot_args<double>(n, dots, delta, activations, weight, bias), device, queue);
-        cuda::grad_dot(grad_dot_args<float>(n, dots, delta, activations, weight, bias), device, queue);
+          return cuda::grad_dot(grad_dot_args<double>(K, dots, layers), device, reinterpret_cast<void*>(stream));
+        cuda::grad_dot(grad_dot_args<float>(K, dots, layers), device, reinterpret_cast<void*>(stream));
       },
       Free());
   m.def(
       "lowrank_update_cuda",
-      [](bool twice, const Five& n, const Operand& weight, const Operand& bias, const Operand& coefficients,
-         const Operand& delta, const Operand& activations, int device, Address stream) {
-        void* queue = reinterpret_cast<void*>(stream);
+      [](bool twice, Index K, double alpha, const PerSample& coefficients,
+         const std::vector<std::pair<SamplesSpec, DirectionsSpec>>& layers, int device, Address stream) {
         if (twice)
-          return cuda::lowrank_update(lowrank_update_args<double>(n, weight, bias, coefficients, delta, activations),
-                                      device, queue);
-        cuda::lowrank_update(lowrank_update_args<float>(n, weight, bias, coefficients, delta, activations), device,
-                             queue);
+          return cuda::lowrank_update(lowrank_update_args<double>(K, alpha, coefficients, layers), device,
+                                      reinterpret_cast<void*>(stream));
+        cuda::lowrank_update(lowrank_update_args<float>(K, alpha, coefficients, layers), device,
+                             reinterpret_cast<void*>(stream));
+      },
+      Free());
+  m.def(
+      "update_dot_cuda",
+      [](bool twice, Index K, double alpha, const PerSample& coefficients, const PerSample& dots,
+         const std::vector<std::tuple<SamplesSpec, SamplesSpec, DirectionsSpec>>& layers, int device, Address stream) {
+        if (twice)
+          return cuda::update_dot(update_dot_args<double>(K, alpha, coefficients, dots, layers), device,
+                                  reinterpret_cast<void*>(stream));
+        cuda::update_dot(update_dot_args<float>(K, alpha, coefficients, dots, layers), device,
+                         reinterpret_cast<void*>(stream));
       },
       Free());
 #else

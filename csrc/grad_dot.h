@@ -1,25 +1,30 @@
-// grad_dot: inner products of K directions with the gradients of B samples, for one linear layer.
+// grad_dot: inner products of K directions with the per-sample gradients of B samples, over the layers of a net.
 //
-//   dots[k,b] += Σ_s ( Σ_o Σ_i δ[b,s,o] U[k,o,i] a[b,s,i] + Σ_o δ[b,s,o] v[k,o] )
+//   dots[k,b,r] += Σ_layers Σ_s ( Σ_o Σ_i δ[b,r,s,o] U[k,o,i] a[b,s,i] + Σ_o δ[b,r,s,o] v[k,o] )
 //
-// delta δ [B,S,O] · activations a [B,S,I] · weight U [K,O,I] · bias v [K,O] or null · dots [K,B], always double.
-// Accumulates into dots; overwrites nothing. δ·z is summed in double; z = Σ_i U a + v is of the operands' type.
-// Empty: K, B, S or O of 0 leaves dots as they are; I of 0 leaves the bias part.
-// Python face dit_fast.ops.grad_dot, plain-torch twin dit_fast.ops_torch.grad_dot.
+// delta δ [B,R,S,O] · activations a [B,S,I] · weight U [K,O,I] · bias v [K,O] or null · dots [K,B,R], always double.
+// K, B and R are the same in all layers. Accumulates into dots; overwrites nothing. δ·z is summed in double;
+// z = Σ_i U a + v is of the operands' type and serves all R rows. Empty: K, B, R, S or O of 0 leaves dots as they are;
+// I of 0 leaves the bias part. Python faces dit_fast.ops.grad_dot and grad_dot_layers, plain-torch twins in
+// dit_fast.ops_torch.
 #pragma once
+
+#include <vector>
 
 #include "layer.h"
 
 namespace dit_fast {
 
 template <class Real>
+struct GradDotLayer {
+  Samples<Real> samples;
+  Directions<const Real> directions;
+};
+
+template <class Real>
 struct GradDot {
-  Sizes sizes;
-  Rows<double> dots;             // rows k: inner_stride is the stride of k, num_inner is K
-  Rows<const Real> delta;        // rows (b, s)
-  Rows<const Real> activations;  // rows (b, s)
-  Rows<const Real> weight;       // rows (k, o)
-  Rows<const Real> bias;         // rows k, as in dots; data is null for a layer without bias
+  Rows<double> dots;  // rows (k, b), R elements each
+  std::vector<GradDotLayer<Real>> layers;
 };
 
 namespace cpu {

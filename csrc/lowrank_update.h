@@ -1,25 +1,33 @@
-// lowrank_update: adds a weighted sum of B samples' gradients to each of K directions, for one linear layer.
+// lowrank_update: adds a weighted sum of B samples' gradients to each of K directions, over the layers of a net.
 //
-//   U[k,o,i] += Σ_b c[k,b] Σ_s δ[b,s,o] a[b,s,i]        v[k,o] += Σ_b c[k,b] Σ_s δ[b,s,o]
+//   U[k,o,i] = alpha U[k,o,i] + Σ_b Σ_s ( Σ_r c[k,b,r] δ[b,r,s,o] ) a[b,s,i]
+//   v[k,o]   = alpha v[k,o]   + Σ_b Σ_s   Σ_r c[k,b,r] δ[b,r,s,o]
 //
-// weight U [K,O,I] · bias v [K,O] or null · coefficients c [K,B], always double · delta δ [B,S,O] · activations a
-// [B,S,I]. Accumulates into U and v; overwrites nothing. c·δ is formed in double and rounded once; U's sums are of the
-// operands' type, v's are double until they are added. Empty: K, B, S or O of 0 changes nothing; I of 0 leaves the bias
-// part. Python face dit_fast.ops.lowrank_update, plain-torch twin dit_fast.ops_torch.lowrank_update.
+// weight U [K,O,I] · bias v [K,O] or null · coefficients c [K,B,R], always double · delta δ [B,R,S,O] · activations a
+// [B,S,I]. K, B and R are the same in all layers. Accumulates into U and v; with alpha = 0 it overwrites them, whatever
+// they held. Σ_r c·δ is formed in double and rounded once; alpha and U's sums are of the operands' type, v's are double
+// until they are stored. Empty: B, R or S of 0 leaves alpha U and alpha v; K or O of 0 changes nothing; I of 0 leaves
+// the bias part. Python faces dit_fast.ops.lowrank_update and lowrank_update_layers, plain-torch twins in
+// dit_fast.ops_torch.
 #pragma once
+
+#include <vector>
 
 #include "layer.h"
 
 namespace dit_fast {
 
 template <class Real>
+struct LowrankUpdateLayer {
+  Samples<Real> samples;
+  Directions<Real> directions;
+};
+
+template <class Real>
 struct LowrankUpdate {
-  Sizes sizes;
-  Rows<Real> weight;                // rows (k, o)
-  Rows<Real> bias;                  // rows k: inner_stride is the stride of k, num_inner is K; data may be null
-  Rows<const double> coefficients;  // rows k, as in bias
-  Rows<const Real> delta;           // rows (b, s)
-  Rows<const Real> activations;     // rows (b, s)
+  double alpha;
+  Rows<const double> coefficients;  // rows (k, b), R elements each
+  std::vector<LowrankUpdateLayer<Real>> layers;
 };
 
 namespace cpu {

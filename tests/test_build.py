@@ -42,8 +42,8 @@ def test_core_works_without_torch():
         "core = u.module_from_spec(u.spec_from_loader('_C', loader)); loader.exec_module(core)\n"
         "import sys; assert 'torch' not in sys.modules\n"
         "import array; d, x, u, g = (array.array('d', v) for v in ([0], [2, 3], [5, 7], [10]))\n"
-        "at = lambda a: (a.buffer_info()[0], (0, 0))\n"
-        "core.grad_dot_cpu(True, (1, 1, 1, 1, 2), at(d), at(g), at(x), at(u), (0, (0, 0)), 1)\n"
+        "at = lambda a: (a.buffer_info()[0], (0, 0, 0))\n"
+        "core.grad_dot_cpu(True, 1, (at(d), (1, 1)), [((1, at(g), at(x)), ((1, 2), at(u), (0, (0, 0, 0))))], 1)\n"
         "print(core.blas_name(), d[0])\n"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean_environment())
@@ -62,14 +62,15 @@ def test_core_links_no_torch_and_no_cuda_library():
     assert not re.search(r"torch|libc10|libcuda|libpython", linked), linked
 
 
-@pytest.mark.parametrize("op", ["grad_dot", "lowrank_update"])
+@pytest.mark.parametrize("op", ["grad_dot", "lowrank_update", "update_dot"])
 def test_every_op_has_all_its_parts(op):
     for part in (f"csrc/{op}.h", f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu", f"tests/test_ops_{op}.py"):
         assert (ROOT / part).is_file(), part
     assert op in (ROOT / "bench" / "bench_ops.py").read_text("utf-8")
     from dit_fast import ops_torch
 
-    assert getattr(ops, op).__annotations__ == getattr(ops_torch, op).__annotations__
+    for name in (op, f"{op}_layers"):
+        assert getattr(ops, name).__annotations__ == getattr(ops_torch, name).__annotations__
 
 
 def test_cuda_tensors_on_a_cpu_build_say_how_to_rebuild(monkeypatch):
@@ -82,4 +83,4 @@ def test_cuda_tensors_on_a_cpu_build_say_how_to_rebuild(monkeypatch):
 
     monkeypatch.setattr(ops, "_C", Core)
     with pytest.raises(RuntimeError, match=r"built for the CPU alone.*DIT_FAST_CUDA=ON"):
-        ops._launch("grad_dot", OnCuda, (1, 1, 1, 1, 1), [])
+        ops._launch("grad_dot", OnCuda)

@@ -24,8 +24,9 @@ ALLOWED = {
     "data": "",
     "mlp": "",
     "factored": "",
-    "ops": "_C mlp",
-    "ops_torch": "mlp",
+    "lowrank": "",
+    "ops": "_C lowrank mlp",
+    "ops_torch": "lowrank mlp",
     "modules": "errors",
     # the log
     "ranks": "errors",

@@ -1,98 +1,112 @@
 #include "grad_dot.h"
 
+#include "cuda/contract.h"
 #include "cuda/launch.h"
 #include "cuda/tile.h"
 
 namespace dit_fast::cuda {
 namespace {
 
-// z = Σ_i U[k,o,i] a[b,s,i] for the block's rows m0 … m0 + 63 of (b, s) and outputs o0 … o0 + 63 of column k.
 template <class Real>
-__device__ void multiply(const GradDot<Real>& args, Index m0, Index k, Index o0, Panel<Real>& a_panel,
-                         Panel<Real>& u_panel, Real (&z)[per_thread][per_thread]) {
-  const Index num_rows = args.sizes.B * args.sizes.S, O = args.sizes.O, I = args.sizes.I;
+struct Layer {
+  GradDotLayer<Real> data;
+  // the inputs are split in pieces of `piece`, whose shares of the dots add up, so that small batches fill the GPU
+  Index row_tiles, output_tiles, piece, num_pieces;
+
+  __host__ __device__ Index num_tiles() const { return row_tiles * output_tiles * num_pieces * data.directions.K; }
+};
+
+// z = Σ_i U[k,o,i] a[b,s,i] for rows (b, s) from m0, outputs o from o0 and inputs i0 … i1.
+template <class Real, int N>
+__device__ void multiply(const GradDotLayer<Real>& layer, Index m0, Index k, Index o0, Index i0, Index i1,
+                         Panel<Real, N>& a_panel, Panel<Real, N>& u_panel, Real (&z)[N][N]) {
+  const auto& [samples, directions] = layer;
   const int y = threadIdx.x / side, x = threadIdx.x % side;
-  // thread (y, x) fetches element x of the rows and outputs y + 16·p; null beyond the edge
-  const Real *a_rows[per_thread], *u_rows[per_thread];
-#pragma unroll
-  for (int p = 0; p < per_thread; ++p) {
-    const Index m = m0 + y + side * p, o = o0 + y + side * p;
-    a_rows[p] = m < num_rows ? args.activations.row(m) : nullptr;
-    u_rows[p] = o < O ? args.weight.at(k, o) : nullptr;
-  }
-  for (Index i0 = 0; i0 < I; i0 += depth) {
-    const Index i = i0 + x;
-#pragma unroll
-    for (int p = 0; p < per_thread; ++p) {
-      a_panel[x][y + side * p] = a_rows[p] && i < I ? a_rows[p][i] : Real(0);
-      u_panel[x][y + side * p] = u_rows[p] && i < I ? u_rows[p][i] : Real(0);
-    }
+  AcrossRows<Real, N> a, u;
+  const Index m = m0 + a.row(), o = o0 + u.row();
+  const Real* a_row = m < samples.B * samples.S ? samples.activations.row(m) : nullptr;
+  const Real* u_row = o < directions.O ? directions.weight.at(k, o) : nullptr;
+  a.load(a_row, i0, i1);
+  u.load(u_row, i0, i1);
+  for (Index i = i0; i < i1; i += depth) {
+    a.store(a_panel);
+    u.store(u_panel);
     __syncthreads();  // the panels are complete before any thread reads them
-    multiply_panels<Real>(a_panel, u_panel, y, x, z);
+    a.load(a_row, i + depth, i1);
+    u.load(u_row, i + depth, i1);
+    multiply_panels<Real, N>(a_panel, u_panel, y, x, z);
     __syncthreads();  // all have read before the next ones overwrite them
   }
 }
 
-// row_sums[r] = Σ_o δ[b,s,o] (z + v[k,o]) over the block's outputs, for each of its rows.
-template <class Real>
-__device__ void contract(const GradDot<Real>& args, Index m0, Index k, Index o0,
-                         const Real (&z)[per_thread][per_thread], double (&row_sums)[tile]) {
-  const Index num_rows = args.sizes.B * args.sizes.S, O = args.sizes.O;
-  const int y = threadIdx.x / side, x = threadIdx.x % side;
-#pragma unroll
-  for (int p = 0; p < per_thread; ++p) {
-    const Index m = m0 + y + side * p;
-    double sum = 0;
-    if (m < num_rows) {
-      const Real* delta = args.delta.row(m);
-#pragma unroll
-      for (int q = 0; q < per_thread; ++q) {
-        const Index o = o0 + x + side * q;
-        if (o < O) sum += dot_term(delta[o], args.bias.data ? z[p][q] + args.bias.row(k)[o] : z[p][q]);
-      }
-    }
-    // the 16 lanes of one row are half a warp
-    for (int offset = side / 2; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffffu, sum, offset, side);
-    if (x == 0) row_sums[y + side * p] = sum;
+// A block owns a tile of rows (b, s) × outputs of one column k and a piece of the inputs, and adds its share to the
+// dots of the samples in it.
+template <class Real, int N>
+__global__ void __launch_bounds__(num_threads)
+    grad_dot_kernel(const __grid_constant__ Group<Layer<Real>> group, Rows<double> dots) {
+  __shared__ alignas(16) Panel<Real, N> a_panel, u_panel;
+  __shared__ double row_sums[side * N];
+  for (Index t = blockIdx.x; t < group.num_tiles; t += gridDim.x) {
+    Index in_layer = t;
+    const Layer<Real>& layer = group.find(in_layer);
+    const auto& [samples, directions] = layer.data;
+    const Index m0 = in_layer % layer.row_tiles * (side * N);
+    in_layer /= layer.row_tiles;
+    const Index i0 = in_layer % layer.num_pieces * layer.piece;
+    in_layer /= layer.num_pieces;
+    const Index o0 = in_layer % layer.output_tiles * (side * N), k = in_layer / layer.output_tiles;
+    Real z[N][N] = {};
+    multiply<Real, N>(layer.data, m0, k, o0, i0, min(i0 + layer.piece, directions.I), a_panel, u_panel, z);
+    const Real* bias = directions.bias.data && i0 == 0 ? directions.bias.at(0, k) : nullptr;
+    contract<Real, N>(dots, samples, m0, k, o0, directions.O, bias, z, row_sums);
   }
 }
 
-// A block owns 64 rows (b, s) × 64 outputs of one column k and adds its share to the dots of the samples in it.
-template <class Real>
-__global__ void __launch_bounds__(num_threads) grad_dot_kernel(GradDot<Real> args, Index row_tiles, Index num_tiles) {
-  __shared__ Panel<Real> a_panel, u_panel;
-  __shared__ double row_sums[tile];
-  const Index S = args.sizes.S, num_rows = args.sizes.B * S, output_tiles = ceil_div(args.sizes.O, tile);
-  for (Index t = blockIdx.x; t < num_tiles; t += gridDim.x) {
-    const Index m0 = t % row_tiles * tile, o0 = t / row_tiles % output_tiles * tile;
-    const Index k = t / row_tiles / output_tiles;
-    Real z[per_thread][per_thread] = {};
-    multiply<Real>(args, m0, k, o0, a_panel, u_panel, z);
-    contract<Real>(args, m0, k, o0, z, row_sums);
-    __syncthreads();  // row_sums are complete
-    // the first row of a sample within the tile adds up the sample's rows: one atomic per sample and tile
-    const Index m = m0 + threadIdx.x;
-    if (threadIdx.x < tile && m < num_rows && (threadIdx.x == 0 || m % S == 0)) {
-      const Index last = min(min(m0 + tile, num_rows), (m / S + 1) * S);
-      double sum = 0;
-      for (Index r = m; r < last; ++r) sum += row_sums[r - m0];
-      atomicAdd(args.dots.row(k) + m / S, sum);
-    }
-    __syncthreads();  // row_sums have been read before the next tile overwrites them
+template <class Real, int N>
+Layer<Real> whole(const GradDotLayer<Real>& layer) {
+  const auto& [samples, directions] = layer;
+  constexpr Index tile = side * N;
+  const Index I = std::max<Index>(directions.I, 1);
+  return {layer, ceil_div(samples.B * samples.S, tile), ceil_div(directions.O, tile), I, 1};
+}
+
+template <class Real, int N>
+void launch(const GradDot<Real>& args, int num_processors, cudaStream_t stream) {
+  Index num_tiles = 0;
+  for (const auto& layer : args.layers) num_tiles += whole<Real, N>(layer).num_tiles();
+  std::vector<Layer<Real>> layers;
+  for (const auto& layer : args.layers) {
+    if (!has_terms(layer.samples, layer.directions)) continue;
+    Layer<Real> cut = whole<Real, N>(layer);
+    // two blocks for each processor, but no piece below four panels
+    const Index pieces =
+        std::min(ceil_div(2 * num_processors, std::max<Index>(num_tiles, 1)), ceil_div(cut.piece, 4 * depth));
+    cut.piece = ceil_div(ceil_div(cut.piece, pieces), depth) * depth;
+    cut.num_pieces = ceil_div(std::max<Index>(layer.directions.I, 1), cut.piece);
+    layers.push_back(cut);
   }
+  launch_groups(
+      layers,
+      [&](const Group<Layer<Real>>& group) {
+        grad_dot_kernel<Real, N><<<num_blocks(group.num_tiles), num_threads, 0, stream>>>(group, args.dots);
+      },
+      "grad_dot");
 }
 
 }  // namespace
 
 template <class Real>
 void grad_dot(const GradDot<Real>& args, int device, void* stream) {
-  const Sizes& n = args.sizes;
-  if (n.K * n.B * n.S * n.O == 0 || (n.I == 0 && !args.bias.data)) return;
   const DeviceGuard guard(device, "grad_dot");
-  const Index row_tiles = ceil_div(n.B * n.S, tile), num_tiles = row_tiles * ceil_div(n.O, tile) * n.K;
-  grad_dot_kernel<Real>
-      <<<num_blocks(num_tiles), num_threads, 0, static_cast<cudaStream_t>(stream)>>>(args, row_tiles, num_tiles);
-  check(cudaGetLastError(), "grad_dot");
+  const int processors = num_processors(device, "grad_dot");
+  const auto queue = static_cast<cudaStream_t>(stream);
+  if constexpr (sizeof(Real) == 4) {
+    // large tiles read shared memory half as often; small ones leave fewer processors idle
+    Index num_large = 0;
+    for (const auto& layer : args.layers) num_large += whole<Real, 8>(layer).num_tiles();
+    if (num_large >= processors) return launch<Real, 8>(args, processors, queue);
+  }
+  launch<Real, 4>(args, processors, queue);
 }
 
 template void grad_dot(const GradDot<float>&, int, void*);

@@ -1,18 +1,28 @@
 """The compiled ops: checks, device and stream here, arithmetic in csrc. The only module that imports `_C`.
 
 Each op works in place on torch tensors and has a plain-torch twin of the same name in dit_fast.ops_torch.
-Alphabet: K adjoint columns, B batch, S positions in a sequence, O/I out and in features. Tensors are float32 or
-float64, all of one dtype, except `dots` and `coefficients`, which are always float64. All lie on one device; the last
-dimension is contiguous, every other stride is free. Autograd does not see what the ops do.
+Alphabet: K adjoint columns, B batch, R rows per sample, S positions in a sequence, O/I out and in features. Tensors are
+float32 or float64, all of one dtype, except `dots` and `coefficients`, which are always float64. All lie on one device;
+the last dimension is contiguous, every other stride is free. Autograd does not see what the ops do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import dit_fast._C as _C
+from dit_fast.lowrank import (
+    Directions,
+    GradDotLayer,
+    LowrankUpdateLayer,
+    Samples,
+    UpdateDotLayer,
+    check_dots,
+    check_layers,
+    unpack,
+)
 from dit_fast.mlp import (
     ACTIVATIONS,
     CURVATURES,
@@ -26,11 +36,6 @@ from dit_fast.mlp import (
     check_sweep,
 )
 
-Operand = tuple[int, tuple[int, int]]
-
-_DTYPES = (torch.float32, torch.float64)
-_NO_OPERAND: Operand = (0, (0, 0))
-
 # samples of `mlp_loss_changes` that go through the net at a time
 _LOSS_ROWS = 64
 
@@ -38,11 +43,12 @@ _LOSS_ROWS = 64
 def grad_dot(dots: Tensor, delta: Tensor, activations: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     """Inner products of K directions with the gradients of B samples, for one linear layer, added to `dots`.
 
-        dots[k,b] += Σ_s ( Σ_o Σ_i δ[b,s,o] U[k,o,i] a[b,s,i] + Σ_o δ[b,s,o] v[k,o] )
+        dots[k,b,r] += Σ_s ( Σ_o Σ_i δ[b,r,s,o] U[k,o,i] a[b,s,i] + Σ_o δ[b,r,s,o] v[k,o] )
 
     Args:
-        dots: [K, B] float64, accumulated into. Sums are in double; each Σ_i is of the operands' dtype.
-        delta: δ [B, S, O], gradients of each sample's loss with respect to the layer's output.
+        dots: [K, B] float64, accumulated into; [K, B, R] where delta has R. Sums are in double; each Σ_i is of the
+            operands' dtype and serves all R.
+        delta: δ [B, S, O], gradients of each sample's loss with respect to the layer's output, or [B, R, S, O], R of them.
         activations: a [B, S, I], the layer's inputs.
         weight: U [K, O, I], one direction per column.
         bias: v [K, O], or None for a layer without bias.
@@ -52,54 +58,139 @@ def grad_dot(dots: Tensor, delta: Tensor, activations: Tensor, weight: Tensor, b
         ValueError: a shape, a device or a stride does not fit; the message names the argument.
         RuntimeError: CUDA tensors where the CUDA part is not compiled.
     """
-    sizes = _sizes(delta, activations, weight)
-    K, B, _, O, _ = sizes
-    _check("delta", delta, weight)
-    _check("activations", activations, weight)
-    _check("weight", weight, weight)
-    _check_shape("dots", dots, (K, B), "[K, B]")
-    _check("dots", dots, weight, torch.float64)
-    _check_written("dots", dots)
-    if bias is not None:
-        _check_shape("bias", bias, (K, O), "[K, O]")
-        _check("bias", bias, weight)
-    operands = [_operand(x) for x in (dots, delta, activations, weight, bias)]
-    _launch("grad_dot", weight, sizes, operands)
+    grad_dot_layers(dots, [(delta, activations, weight, bias)])
+
+
+def grad_dot_layers(dots: Tensor, layers: Sequence[GradDotLayer]) -> None:
+    """`grad_dot` summed over the layers of a net, in one call and, on a GPU, one launch.
+
+    Args:
+        dots: [K, B] or [K, B, R] float64, accumulated into.
+        layers: (delta, activations, weight, bias) of each layer, as in `grad_dot`. K, B, R, dtype and device are the
+            same in all; S, O and I are free. Without layers nothing happens.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `grad_dot`; the message names the layer where there are several.
+    """
+    parts = [
+        (Directions(weight, bias, False), Samples(delta, activations))
+        for delta, activations, weight, bias in unpack(layers, 4, "delta, activations, weight, bias")
+    ]
+    check_layers([(directions, (samples,)) for directions, samples in parts])
+    if not parts:
+        return
+    weight = parts[0][0].weight
+    spec = parts[0][1].per_sample("dots", dots, weight)
+    check_dots(dots)
+    _launch("grad_dot", weight, len(weight), spec, [(samples.spec(), directions.spec()) for directions, samples in parts])
     torch.autograd.graph.increment_version(dots)
 
 
-def lowrank_update(weight: Tensor, bias: Tensor | None, coefficients: Tensor, delta: Tensor, activations: Tensor) -> None:
-    """A weighted sum of B samples' gradients, added to each of K directions, for one linear layer.
+def lowrank_update(
+    weight: Tensor, bias: Tensor | None, coefficients: Tensor, delta: Tensor, activations: Tensor, alpha: float = 1.0
+) -> None:
+    """A weighted sum of B samples' gradients, added to alpha times each of K directions, for one linear layer.
 
-        U[k,o,i] += Σ_b c[k,b] Σ_s δ[b,s,o] a[b,s,i]        v[k,o] += Σ_b c[k,b] Σ_s δ[b,s,o]
+        U[k,o,i] = alpha U[k,o,i] + Σ_b Σ_r c[k,b,r] Σ_s δ[b,r,s,o] a[b,s,i]
+        v[k,o]   = alpha v[k,o]   + Σ_b Σ_r c[k,b,r] Σ_s δ[b,r,s,o]
 
     Args:
-        weight: U [K, O, I], accumulated into.
-        bias: v [K, O], accumulated into, or None for a layer without bias.
-        coefficients: c [K, B] float64, any sign; no mean is taken.
-        delta: δ [B, S, O], gradients of each sample's loss with respect to the layer's output.
+        weight: U [K, O, I], updated in place.
+        bias: v [K, O], updated in place, or None for a layer without bias.
+        coefficients: c [K, B] float64, any sign; no mean is taken; [K, B, R] where delta has R.
+        delta: δ [B, S, O], gradients of each sample's loss with respect to the layer's output, or [B, R, S, O], R of them.
         activations: a [B, S, I], the layer's inputs.
+        alpha: 0 overwrites U and v, whatever they hold. For U it is rounded to the operands' dtype.
 
     Raises:
         TypeError: an argument is no tensor or of the wrong dtype.
         ValueError: a shape, a device or a stride does not fit; the message names the argument.
         RuntimeError: CUDA tensors where the CUDA part is not compiled.
     """
-    sizes = _sizes(delta, activations, weight)
-    K, B, _, O, _ = sizes
-    _check("delta", delta, weight)
-    _check("activations", activations, weight)
-    _check("weight", weight, weight)
-    _check_written("weight", weight)
-    _check_shape("coefficients", coefficients, (K, B), "[K, B]")
-    _check("coefficients", coefficients, weight, torch.float64)
-    if bias is not None:
-        _check_shape("bias", bias, (K, O), "[K, O]")
-        _check("bias", bias, weight)
-        _check_written("bias", bias)
-    operands = [_operand(x) for x in (weight, bias, coefficients, delta, activations)]
-    _launch("lowrank_update", weight, sizes, operands)
-    torch.autograd.graph.increment_version([weight] if bias is None else [weight, bias])
+    lowrank_update_layers(coefficients, [(weight, bias, delta, activations)], alpha)
+
+
+def lowrank_update_layers(coefficients: Tensor, layers: Sequence[LowrankUpdateLayer], alpha: float = 1.0) -> None:
+    """`lowrank_update` of all layers of a net, in one call and, on a GPU, one launch.
+
+    Args:
+        coefficients: c [K, B] or [K, B, R] float64.
+        layers: (weight, bias, delta, activations) of each layer, as in `lowrank_update`. K, B, R, dtype and device are
+            the same in all; S, O and I are free. No two layers may share memory.
+        alpha: as in `lowrank_update`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `lowrank_update`; the message names the layer where there are several.
+    """
+    parts = [
+        (Directions(weight, bias, True), Samples(delta, activations))
+        for weight, bias, delta, activations in unpack(layers, 4, "weight, bias, delta, activations")
+    ]
+    check_layers([(directions, (samples,)) for directions, samples in parts])
+    if not parts:
+        return
+    weight = parts[0][0].weight
+    spec = parts[0][1].per_sample("coefficients", coefficients, weight)
+    specs = [(samples.spec(), directions.spec()) for directions, samples in parts]
+    _launch("lowrank_update", weight, len(weight), float(alpha), spec, specs)
+    _count_writes(directions for directions, _ in parts)
+
+
+def update_dot(
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    delta: Tensor,
+    activations: Tensor,
+    dots: Tensor,
+    dot_delta: Tensor,
+    dot_activations: Tensor,
+    alpha: float = 1.0,
+) -> None:
+    """`lowrank_update` and then `grad_dot` with the directions that came out, U read and written once.
+
+        U[k] = alpha U[k] + Σ_b Σ_r c[k,b,r] Σ_s δ[b,r,s] ⊗ a[b,s]        v[k] likewise, without a
+        dots[k,b,r] += Σ_s δ'[b,r,s] · (U[k] a'[b,s] + v[k])
+
+    Args:
+        weight, bias, coefficients, delta, activations, alpha: as in `lowrank_update`.
+        dots, dot_delta (δ'), dot_activations (a'): as in `grad_dot`; B, R and S may differ from those of the update.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `lowrank_update` and `grad_dot`.
+    """
+    update_dot_layers(coefficients, dots, [(weight, bias, delta, activations, dot_delta, dot_activations)], alpha)
+
+
+def update_dot_layers(coefficients: Tensor, dots: Tensor, layers: Sequence[UpdateDotLayer], alpha: float = 1.0) -> None:
+    """`update_dot` of all layers of a net, in one call and, on a GPU, one launch; the dots are summed over the layers.
+
+    Args:
+        coefficients, dots, alpha: as in `update_dot`.
+        layers: (weight, bias, delta, activations, dot_delta, dot_activations) of each layer. K, dtype and device, the
+            update's B and R and the dots' B and R are the same in all; every S, O and I is free. No two layers may share
+            memory.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `update_dot`; the message names the layer where there are several.
+    """
+    members = "weight, bias, delta, activations, dot_delta, dot_activations"
+    parts = [
+        (Directions(weight, bias, True), (Samples(delta, activations), Samples(dot_delta, dot_activations, "dot_")))
+        for weight, bias, delta, activations, dot_delta, dot_activations in unpack(layers, 6, members)
+    ]
+    check_layers(parts)
+    if not parts:
+        return
+    directions, (update, dot) = parts[0]
+    weight = directions.weight
+    coefficients_spec = update.per_sample("coefficients", coefficients, weight)
+    dots_spec = dot.per_sample("dots", dots, weight)
+    check_dots(dots)
+    specs = [(update.spec(), dot.spec(), directions.spec()) for directions, (update, dot) in parts]
+    _launch("update_dot", weight, len(weight), float(alpha), coefficients_spec, dots_spec, specs)
+    _count_writes(directions for directions, _ in parts)
+    torch.autograd.graph.increment_version(dots)
 
 
 class MlpSweep:
@@ -336,66 +427,14 @@ def _logged(steps: MlpSteps, start: int) -> tuple[Any, ...]:
     return theta, (steps.x.data_ptr(), steps.x.stride(0)), steps.targets.data_ptr(), log
 
 
-def _sizes(delta: Tensor, activations: Tensor, weight: Tensor) -> tuple[int, int, int, int, int]:
-    """K, B, S, O, I, after checking that the three 3-dimensional operands agree on them."""
-    for name, tensor, shape in (("weight", weight, "[K, O, I]"), ("delta", delta, "[B, S, O]")):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor {shape}, got {type(tensor).__name__}")
-        if tensor.ndim != 3:
-            raise ValueError(f"{name} must have shape {shape}, got {list(tensor.shape)}")
-    K, O, I = weight.shape
-    B, S, outputs = delta.shape
-    if outputs != O:
-        raise ValueError(f"delta must have shape [B, S, O] with O = {O} as in weight, got {list(delta.shape)}")
-    _check_shape("activations", activations, (B, S, I), "[B, S, I]")
-    return K, B, S, O, I
+def _count_writes(layers: Iterable[Directions]) -> None:
+    torch.autograd.graph.increment_version([x for weight, bias, _ in layers for x in (weight, bias) if x is not None])
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor {letters}, got {type(tensor).__name__}")
-    if tensor.shape != shape:
-        raise ValueError(f"{name} must have shape {letters} = {list(shape)}, got {list(tensor.shape)}")
-
-
-def _check(name: str, tensor: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Dtype, device and layout; `dtype` None means that of weight, which must be one the ops know."""
-    wanted = dtype or weight.dtype
-    if wanted not in _DTYPES:
-        raise TypeError(f"weight must be float32 or float64, got {_short(wanted)}")
-    if tensor.dtype != wanted:
-        why = "" if dtype else " as weight is"
-        raise TypeError(f"{name} must be {_short(wanted)}{why}, got {_short(tensor.dtype)}")
-    if tensor.device != weight.device:
-        raise ValueError(f"{name} must be on {weight.device} as weight is, got {tensor.device}")
-    if tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
-        raise ValueError(f"{name} must be a plain dense tensor")
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {list(tensor.stride())}")
-
-
-def _check_written(name: str, tensor: Tensor) -> None:
-    """No element may be reached by two indices: sorted by stride, each dimension must step over the ones before."""
-    reach = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride < reach:
-                raise ValueError(f"{name} is written to and must not overlap itself, got strides {list(tensor.stride())}")
-            reach += stride * (size - 1)
-
-
-def _operand(tensor: Tensor | None) -> Operand:
-    """Address and the strides of all dimensions but the last."""
-    if tensor is None:
-        return _NO_OPERAND
-    stride = tensor.stride()
-    return tensor.data_ptr(), (stride[0], stride[1] if len(stride) == 3 else 0)
-
-
-def _launch(op: str, weight: Tensor, sizes: tuple[int, ...], operands: list[Operand]) -> None:
+def _launch(op: str, weight: Tensor, *args: Any) -> None:
     twice = weight.dtype == torch.float64
     if weight.device.type == "cpu":
-        getattr(_C, f"{op}_cpu")(twice, sizes, *operands, torch.get_num_threads())
+        getattr(_C, f"{op}_cpu")(twice, *args, torch.get_num_threads())
     elif weight.device.type == "cuda":
         if not _C.cuda_compiled:
             raise RuntimeError(
@@ -403,7 +442,7 @@ def _launch(op: str, weight: Tensor, sizes: tuple[int, ...], operands: list[Oper
                 "'CMAKE_ARGS=-DDIT_FAST_CUDA=ON pip install --force-reinstall --no-deps .'"
             )
         device = weight.device.index
-        getattr(_C, f"{op}_cuda")(twice, sizes, *operands, device, torch.cuda.current_stream(device).cuda_stream)
+        getattr(_C, f"{op}_cuda")(twice, *args, device, torch.cuda.current_stream(device).cuda_stream)
     else:
         raise ValueError(f"weight must be on a cpu or cuda device, got {weight.device}")
 

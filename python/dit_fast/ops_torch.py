@@ -7,29 +7,78 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 from torch.nn import functional as F
 
+from dit_fast.lowrank import GradDotLayer, LowrankUpdateLayer, UpdateDotLayer
 from dit_fast.mlp import SETTINGS, Mlp, MlpModels, MlpSteps
 
 
 def grad_dot(dots: Tensor, delta: Tensor, activations: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """dots[k,b] += Σ_s ( Σ_o Σ_i δ[b,s,o] U[k,o,i] a[b,s,i] + Σ_o δ[b,s,o] v[k,o] ), all of it in double.
+    """dots[k,b,r] += Σ_s ( Σ_o Σ_i δ[b,r,s,o] U[k,o,i] a[b,s,i] + Σ_o δ[b,r,s,o] v[k,o] ), all of it in double.
 
     Shapes, dtypes and errors: dit_fast.ops.grad_dot.
     """
-    delta = delta.double()
-    dots += torch.einsum("bso,koi,bsi->kb", delta, weight.double(), activations.double())
+    delta = _with_rows(delta).double()
+    found = torch.einsum("brso,koi,bsi->kbr", delta, weight.double(), activations.double())
     if bias is not None:
-        dots += torch.einsum("bso,ko->kb", delta, bias.double())
+        found += torch.einsum("brso,ko->kbr", delta, bias.double())
+    dots += found.view(dots.shape)
 
 
-def lowrank_update(weight: Tensor, bias: Tensor | None, coefficients: Tensor, delta: Tensor, activations: Tensor) -> None:
-    """U[k,o,i] += Σ_b c[k,b] Σ_s δ[b,s,o] a[b,s,i] and v[k,o] += Σ_b c[k,b] Σ_s δ[b,s,o], summed in double.
+def lowrank_update(
+    weight: Tensor, bias: Tensor | None, coefficients: Tensor, delta: Tensor, activations: Tensor, alpha: float = 1.0
+) -> None:
+    """U[k] = alpha U[k] + Σ_b Σ_r c[k,b,r] Σ_s δ[b,r,s] ⊗ a[b,s] and v[k] likewise without a, summed in double.
 
     Shapes, dtypes and errors: dit_fast.ops.lowrank_update.
     """
-    delta = delta.double()
-    weight += torch.einsum("kb,bso,bsi->koi", coefficients, delta, activations.double()).to(weight.dtype)
+    delta = _with_rows(delta).double()
+    weighted = torch.einsum("kbr,brso->kbso", coefficients.reshape(len(coefficients), *delta.shape[:2]), delta)
+    changes = [(weight, torch.einsum("kbso,bsi->koi", weighted, activations.double()))]
     if bias is not None:
-        bias += torch.einsum("kb,bso->ko", coefficients, delta).to(bias.dtype)
+        changes.append((bias, weighted.sum((1, 2))))
+    for value, change in changes:
+        value.copy_(change if alpha == 0 else alpha * value.double() + change)
+
+
+def update_dot(
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor,
+    delta: Tensor,
+    activations: Tensor,
+    dots: Tensor,
+    dot_delta: Tensor,
+    dot_activations: Tensor,
+    alpha: float = 1.0,
+) -> None:
+    """`lowrank_update`, then `grad_dot` with the directions that came out.
+
+    Shapes, dtypes and errors: dit_fast.ops.update_dot.
+    """
+    lowrank_update(weight, bias, coefficients, delta, activations, alpha)
+    grad_dot(dots, dot_delta, dot_activations, weight, bias)
+
+
+def grad_dot_layers(dots: Tensor, layers: Sequence[GradDotLayer]) -> None:
+    """`grad_dot` of one layer after the other; arguments and errors: dit_fast.ops.grad_dot_layers."""
+    for layer in layers:
+        grad_dot(dots, *layer)
+
+
+def lowrank_update_layers(coefficients: Tensor, layers: Sequence[LowrankUpdateLayer], alpha: float = 1.0) -> None:
+    """`lowrank_update` of one layer after the other; arguments and errors: dit_fast.ops.lowrank_update_layers."""
+    for weight, bias, delta, activations in layers:
+        lowrank_update(weight, bias, coefficients, delta, activations, alpha)
+
+
+def update_dot_layers(coefficients: Tensor, dots: Tensor, layers: Sequence[UpdateDotLayer], alpha: float = 1.0) -> None:
+    """`update_dot` of one layer after the other; arguments and errors: dit_fast.ops.update_dot_layers."""
+    for weight, bias, delta, activations, dot_delta, dot_activations in layers:
+        update_dot(weight, bias, coefficients, delta, activations, dots, dot_delta, dot_activations, alpha)
+
+
+def _with_rows(delta: Tensor) -> Tensor:
+    """[B, R, S, O], R = 1 where there is none."""
+    return delta if delta.ndim == 4 else delta[:, None]
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
