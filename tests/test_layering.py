@@ -24,6 +24,7 @@ ALLOWED = {
     "factored": "",
     "ops": "_C mlp",
     "ops_torch": "mlp",
+    "mlp_team": "mlp ops",
     "modules": "errors",
     # the log
     "ranks": "errors",
@@ -52,16 +53,17 @@ ALLOWED = {
     "plan": "byte_sizes linearize problem trajectory",
     "sweep": "errors plan problem replay",
     "recognize": "mlp problem",
-    "native": "data errors linearize log mlp ops optimizers plan problem queries recognize sweep",
+    "native": "data errors linearize log mlp mlp_team ops optimizers plan problem queries recognize sweep",
+    "native_team": "errors linearize mlp_team native plan problem sweep",
     "factors": "linearize ops problem sweep",
-    "native_retrain": "mlp native ops problem queries recognize",
+    "native_retrain": "mlp mlp_team native ops problem queries recognize",
     "duals": "",
     "layers": "duals problem recognize",
     "layerwise": "data duals layers linearize problem recognize sweep",
     "retrain": ("byte_sizes data guard native native_retrain plan problem progress queries recognize replay result trajectory"),
     "score": (
-        "factors guard layerwise linearize native plan problem progress queries recognize replay result retrain sweep "
-        "trajectory"
+        "factors guard layerwise linearize native native_team plan problem progress queries recognize replay result retrain "
+        "sweep trajectory"
     ),
     "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
     "reference": "data problem progress queries result trajectory",
@@ -78,8 +80,8 @@ ALLOWED = {
 LAZY = {"result": "plots", "score": "estimate", "demo": "plots", "cli": "__init__ demo log"}
 # the slow truth shares no code with what it judges
 NOT_IN_REFERENCE = (
-    "ops optimizers score estimate sweep linearize layerwise native native_retrain recognize plan factors replay retrain "
-    "duals layers"
+    "ops optimizers score estimate sweep linearize layerwise native native_retrain native_team mlp_team recognize plan factors "
+    "replay retrain duals layers"
 )
 
 

@@ -133,7 +133,7 @@ def check_loss_changes(
     _check_tensors(
         theta.device,
         ("changes", changes, torch.float64, (len(changes),)),
-        *_blocks(net, "blocks", blocks, len(changes), theta.dtype)
+        *_blocks(net, "blocks", blocks, len(changes), theta.dtype),
     )
 
 
