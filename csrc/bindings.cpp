@@ -14,6 +14,7 @@
 #include "lowrank_update.h"
 #include "mlp_gradient.h"
 #include "mlp_retrain.h"
+#include "mlp_rows.h"
 #include "mlp_sweep.h"
 
 #ifdef DIT_FAST_CUDA
@@ -189,6 +190,34 @@ dit_fast::team::Retrain<Real> team_retrain_args(const dit_fast::MlpRetrain<Real>
           args.removed_offsets, args.removed_models};
 }
 
+// coefficients, targets, z, first, second, probabilities, top, delta, g, dots
+template <class Real>
+dit_fast::MlpRows<Real> mlp_rows_args(const std::array<Index, 3>& sizes, const std::pair<int, double>& activation,
+                                      const std::pair<int, double>& loss, bool weighted,
+                                      const std::array<Address, 10>& operands) {
+  const auto kind = static_cast<dit_fast::Loss>(loss.first);
+  const bool labelled = kind == dit_fast::Loss::cross_entropy;
+  return {sizes[0],
+          sizes[1],
+          sizes[2],
+          static_cast<dit_fast::Activation>(activation.first),
+          activation.second,
+          kind,
+          loss.second,
+          weighted,
+          pointer<const double>(operands[0]),
+          labelled ? nullptr : pointer<const Real>(operands[1]),
+          labelled ? pointer<const Index>(operands[1]) : nullptr,
+          pointer<Real>(operands[2]),
+          pointer<Real>(operands[3]),
+          pointer<Real>(operands[4]),
+          pointer<Real>(operands[5]),
+          pointer<Real>(operands[6]),
+          pointer<Real>(operands[7]),
+          pointer<Real>(operands[8]),
+          pointer<double>(operands[9])};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -268,6 +297,17 @@ PYBIND11_MODULE(_C, m) {
             pointer<double>(changes), threads);
       },
       Free());
+  m.def(
+      "mlp_rows_cpu",
+      [](bool twice, int piece, const std::array<Index, 3>& sizes, const std::pair<int, double>& activation,
+         const std::pair<int, double>& loss, bool weighted, const std::array<Address, 10>& operands) {
+        if (twice)
+          return cpu::mlp_rows(static_cast<dit_fast::Piece>(piece),
+                               mlp_rows_args<double>(sizes, activation, loss, weighted, operands));
+        cpu::mlp_rows(static_cast<dit_fast::Piece>(piece),
+                      mlp_rows_args<float>(sizes, activation, loss, weighted, operands));
+      },
+      Free());
   m.def("team_bytes", &team_bytes);
   m.def(
       "mlp_sweep_team_cpu",
@@ -344,6 +384,20 @@ PYBIND11_MODULE(_C, m) {
                                       device, queue);
         cuda::lowrank_update(lowrank_update_args<float>(n, weight, bias, coefficients, delta, activations), device,
                              queue);
+      },
+      Free());
+  m.def(
+      "mlp_rows_cuda",
+      [](bool twice, int piece, const std::array<Index, 3>& sizes, const std::pair<int, double>& activation,
+         const std::pair<int, double>& loss, bool weighted, const std::array<Address, 10>& operands, int device,
+         Address stream) {
+        if (twice)
+          return cuda::mlp_rows(static_cast<dit_fast::Piece>(piece),
+                                mlp_rows_args<double>(sizes, activation, loss, weighted, operands), device,
+                                reinterpret_cast<void*>(stream));
+        cuda::mlp_rows(static_cast<dit_fast::Piece>(piece),
+                       mlp_rows_args<float>(sizes, activation, loss, weighted, operands), device,
+                       reinterpret_cast<void*>(stream));
       },
       Free());
   m.def("device_limits", [](int device) {

@@ -25,6 +25,7 @@ ALLOWED = {
     "ops": "_C mlp",
     "ops_torch": "mlp",
     "mlp_team": "mlp ops",
+    "mlp_gemm": "mlp ops",
     "modules": "errors",
     # the log
     "ranks": "errors",
@@ -53,7 +54,7 @@ ALLOWED = {
     "plan": "byte_sizes linearize problem trajectory",
     "sweep": "errors plan problem replay",
     "recognize": "mlp problem",
-    "native": "data errors linearize log mlp mlp_team ops optimizers plan problem queries recognize sweep",
+    "native": "data errors linearize log mlp mlp_gemm mlp_team ops optimizers plan problem queries recognize sweep",
     "native_team": "errors linearize mlp_team native plan problem sweep",
     "factors": "linearize ops problem sweep",
     "native_retrain": "mlp mlp_team native ops problem queries recognize",
@@ -80,8 +81,8 @@ ALLOWED = {
 LAZY = {"result": "plots", "score": "estimate", "demo": "plots", "cli": "__init__ demo log"}
 # the slow truth shares no code with what it judges
 NOT_IN_REFERENCE = (
-    "ops optimizers score estimate sweep linearize layerwise native native_retrain native_team mlp_team recognize plan factors "
-    "replay retrain duals layers"
+    "ops optimizers score estimate sweep linearize layerwise native native_retrain native_team mlp_team mlp_gemm recognize "
+    "plan factors replay retrain duals layers"
 )
 
 

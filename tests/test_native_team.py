@@ -6,7 +6,7 @@ from cases import relative_error
 from mlp_cases import LOSSES, make_run
 
 import dit_fast
-from dit_fast import mlp_team, native, native_team, ops, queries
+from dit_fast import mlp_gemm, mlp_team, native, native_team, ops, queries
 
 WINDOWS = [(0, 7), (2, 5), (5, 6)]
 
@@ -85,11 +85,22 @@ def test_leave_one_out_is_the_references(teams):
     assert (ours.scores - theirs.scores).abs().max() <= 1e-10 * theirs.scores.abs().max() + 1e-15
 
 
-def test_a_net_that_does_not_fit_says_so(teams, monkeypatch):
+@pytest.mark.parametrize("hessian", ["exact", "ggn", "none"])
+def test_a_net_that_does_not_fit_goes_through_gemms(teams, monkeypatch, hessian):
+    monkeypatch.setattr(mlp_team, "plan", lambda *a, **k: None)
+    monkeypatch.setattr(native, "SLICE_NUMBERS", 100)
+    run = make_run((5, 4, 3), "gelu", options={"l2": 0.03, "weight_decay": 0.02})
+    scores = score(run, teams[0], hessian=hessian)
+    assert relative_error(scores, truth(run, hessian=hessian), endpoints(run, WINDOWS, hessian=hessian)) < 1e-10
+    assert teams[1] == []
+    monkeypatch.setattr(mlp_gemm.GemmSweep, "bad_step", lambda self: 1)
+    with pytest.raises(dit_fast.LogError, match="step 6: a score is NaN"):
+        score(run, teams[0], hessian=hessian)
+
+
+def test_a_net_that_does_not_fit_is_retrained_by_the_generic_path(teams, monkeypatch):
     monkeypatch.setattr(mlp_team, "plan", lambda *a, **k: None)
     run = make_run((5, 4, 3))
-    result = dit_fast.score(run.trajectory(), run.problem(), loss(run), device=teams[0])
-    assert result.meta["backend"] != "native" and "does not fit the shared memory" in result.meta["why"]
     retrained = dit_fast.leave_one_out(run.trajectory(), run.problem(), loss(run), device=teams[0])
     assert retrained.meta["backend"] == "generic" and "does not fit the shared memory" in retrained.meta["why"]
 

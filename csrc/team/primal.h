@@ -1,6 +1,7 @@
 // The logged model's pass of one batch by a team, and the group's blocks on their way into its memory and back.
 #pragma once
 
+#include "mlp_rows.h"
 #include "sgd_rule.h"
 #include "team/net.h"
 #include "team/team.h"
@@ -121,15 +122,9 @@ struct Primal {
     for_each(team, B, [&](int b) {
       const Real* y = memory + layer.h + b * O;
       Real *p = memory + net.probabilities + b * O, *top = memory + net.top + b * O;
-      loss_probabilities(net.loss, O, y, p);
-      loss_gradient(net.loss, net.loss_scale, O, y, p, target(b), label(b), top);
-      const Real a = weighted ? static_cast<Real>(coefficient(b)) : Real(1);
-      for (int o = 0; o < O; ++o) {
-        const int e = b * O + o;
-        if (layer.second >= 0) memory[layer.second + e] *= a * top[o];
-        top[o] *= memory[layer.first + e];
-        memory[layer.delta + e] = a * top[o];
-      }
+      loss_row(net.loss, net.loss_scale, weighted ? static_cast<Real>(coefficient(b)) : Real(1), O, y, target(b),
+               label(b), at(layer.first) + b * O, p, top, at(layer.delta) + b * O,
+               layer.second >= 0 ? at(layer.second) + b * O : nullptr);
     });
   }
 

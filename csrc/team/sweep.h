@@ -264,15 +264,9 @@ struct Columns {
       const Real *z = primal.at(layer.tangent) + row, *top = primal.at(net.top) + b * O;
       const Real *first = primal.at(layer.first) + b * O, *curve = curved ? primal.at(layer.second) + b * O : nullptr;
       Real* d = primal.at(layer.tangent_delta) + row;
-      double dot = 0;
-      for (int o = 0; o < O; ++o) {
-        dot += static_cast<double>(top[o]) * static_cast<double>(z[o]);
-        d[o] = first[o] * z[o];
-      }
-      add_score(t, b, g, dot);
       const Real scale = static_cast<Real>(primal.coefficient(b)) * net.loss_scale;
-      loss_hessian(net.loss, scale, O, primal.at(net.probabilities) + b * O, d, d);
-      for (int o = 0; o < O; ++o) d[o] = first[o] * d[o] + (curved ? curve[o] * z[o] : Real(0));
+      const Real* p = primal.at(net.probabilities) + b * O;
+      add_score(t, b, g, loss_column(net.loss, scale, O, z, p, top, first, curve, d));
     });
   }
 

@@ -1,14 +1,14 @@
 """The compiled whole-sweep path for feed-forward nets: many steps and all columns in one call of `ops.MlpSweep`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dit_fast import mlp, mlp_team, ops
+from dit_fast import mlp, mlp_gemm, mlp_team, ops
 from dit_fast.data import default_unpack
 from dit_fast.errors import LogError
 from dit_fast.linearize import Hessian, linearize
@@ -35,12 +35,16 @@ LINE = 8
 @dataclass(frozen=True)
 class Native:
     """What was recognised: the net, and the data as rows [N, I] and targets where they fit in place; the largest batch of
-    the log and whether the optimizer has momentum."""
+    the log and whether the optimizer has momentum.
+
+    engine: "cpu" (`ops.MlpSweep`), "team" (`mlp_team`, small nets on a GPU) or "gemm" (`mlp_gemm`, the others there).
+    """
 
     recognized: Recognized
     data: tuple[Tensor, Tensor] | None
     max_batch: int
     momentum: bool
+    engine: str
 
     def team(self, ev: Evaluator, num_columns: int, hessian: Hessian = "none", retrain: bool = False) -> mlp_team.Team:
         """How the columns, or the models of retraining, are taken on a GPU; NotCompiled where not one fits its memory."""
@@ -58,14 +62,17 @@ def prepare(ev: Evaluator, hessian: Hessian) -> Native:
     if hessian not in mlp.CURVATURES:
         raise NotCompiled(f"hessian={hessian!r} is not compiled")
     native, params, batch = read(ev)
-    if uses_teams(ev):
-        native.team(ev, 1, hessian)
+    if native.engine == "team":
+        try:
+            native.team(ev, 1, hessian)
+        except NotCompiled:
+            native = replace(native, engine="gemm")
     _compare(ev, native, params, batch, hessian)
     return native
 
 
 def uses_teams(ev: Evaluator) -> bool:
-    """Whether the compiled ops are those of `mlp_team`, in one launch."""
+    """Whether small nets are those of `mlp_team`, in one launch."""
     return ev.device.type == "cuda"
 
 
@@ -96,7 +103,8 @@ def read(ev: Evaluator) -> tuple[Native, Params, Batch]:
     recognized = recognize(ev, params, batch)
     largest = max(sum(step.micro_sizes) for step in ev.trajectory.steps(0, ev.trajectory.num_steps))
     momentum = any(getattr(rule, "momentum", 0) for rule in rules)
-    return Native(recognized, _whole_data(ev, recognized), largest, momentum), params, batch
+    engine = "team" if uses_teams(ev) else "cpu"
+    return Native(recognized, _whole_data(ev, recognized), largest, momentum, engine), params, batch
 
 
 def sweep(
@@ -113,7 +121,7 @@ def sweep(
     Raises NotCompiled where data that is fetched on the way turns out to have targets of another kind.
     """
     capacity = _padded(native, len(columns), 2 * LINE)  # rows of the first layer's block then begin on cache lines
-    scores = torch.zeros(capacity, num_samples, dtype=torch.float64)
+    scores = torch.zeros(capacity, num_samples, dtype=torch.float64, device=ev.device)
     blocks = make_blocks(ev, native, capacity)
     momenta = None
     if native.momentum:
@@ -123,7 +131,7 @@ def sweep(
     t = columns[0].stop
     active, flops = 0, flops_per_column(ev, native)
     loaded = range(t, t)
-    engine: ops.MlpSweep | None = None
+    engine: ops.MlpSweep | mlp_gemm.GemmSweep | None = None
     while t > 0:
         if t == ends[-1]:
             ends.pop()
@@ -134,6 +142,8 @@ def sweep(
             engine = _engine(ev, native, hessian, loaded, blocks, momenta, scores)
         start = max(ends[-1], loaded.start, t - max(1, int(CALL_FLOPS / (flops * active))))
         bad = engine.run(start - loaded.start, t - loaded.start, _padded(native, active))
+        if isinstance(engine, mlp_gemm.GemmSweep) and start == loaded.start:  # once a slice: it waits for the GPU
+            bad = engine.bad_step()
         if bad is not None:
             bad += loaded.start
             raise LogError(f"step {bad}: a score is NaN or infinite; the sweep cannot pass this step (try dtype=torch.float64)")
@@ -165,7 +175,7 @@ def query_gradients(
     One of the points is compared with the generic gradient: queries run in eval mode, of which the net was not read.
     """
     if (
-        uses_teams(ev)
+        native.engine != "cpu"
         or len(asked) != 1
         or asked[0].batch is None
         or len(points) < 2
@@ -229,13 +239,14 @@ def _engine(
     blocks: Params,
     momenta: Params | None,
     scores: Tensor,
-) -> ops.MlpSweep:
+) -> ops.MlpSweep | mlp_gemm.GemmSweep:
     names = native.recognized.parameters
     own = [None if name is None else blocks[name] for name in names]
     own_momenta = None if momenta is None else [None if name is None else momenta[name] for name in names]
     steps = load_steps(ev, native, loaded)
     net = native.recognized.net
-    return ops.MlpSweep(net, steps, own, own_momenta, scores, l2=ev.l2, hessian=hessian)
+    op = mlp_gemm.GemmSweep if native.engine == "gemm" else ops.MlpSweep
+    return op(net, steps, own, own_momenta, scores, l2=ev.l2, hessian=hessian)
 
 
 def load_steps(ev: Evaluator, native: Native, loaded: range) -> mlp.MlpSteps:
@@ -340,13 +351,14 @@ def _compare(ev: Evaluator, native: Native, params: Params, batch: Batch, hessia
         blocks[name].copy_(value)
     scores = torch.zeros(2, size, dtype=torch.float64, device=ev.device)
     own = [None if name is None else blocks[name] for name in recognized.parameters]
-    if uses_teams(ev):
+    if native.engine == "team":
         joins = torch.ones(2, dtype=torch.int64, device=ev.device)
         team = native.team(ev, 2, hessian)
         options: dict[str, Any] = {"l2": ev.l2, "hessian": hessian}
         mlp_team.TeamSweep(recognized.net, steps, own, None, scores, joins, 0 * joins, None, team, **options).run()
     else:
-        ops.MlpSweep(recognized.net, steps, own, None, scores, l2=ev.l2, hessian=hessian).run(0, 1, 2)
+        op = mlp_gemm.GemmSweep if native.engine == "gemm" else ops.MlpSweep
+        op(recognized.net, steps, own, None, scores, l2=ev.l2, hessian=hessian).run(0, 1, 2)
     pairs = [(scores, -dots * batch.coefficients.double(), 0.0)]
     largest = max(float(value.abs().max()) for value in hvp.values())
     rounding = 4 * torch.finfo(ev.dtype).eps

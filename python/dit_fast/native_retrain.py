@@ -23,7 +23,7 @@ QueryChanges = Callable[[Params, Query, Params], Tensor]
 def prepare(ev: Evaluator, gradients: Gradients) -> Native:
     """The compiled path of this problem, proved on the first batch of the log; NotCompiled says why there is none."""
     compiled, params, batch = native.read(ev)
-    if native.uses_teams(ev):
+    if compiled.engine == "team":
         compiled.team(ev, 1, retrain=True)
     _compare(ev, compiled, params, batch, gradients)
     return compiled
@@ -79,7 +79,7 @@ def _engine(
     momenta: Sequence[Tensor | None] | None,
 ) -> ops.MlpRetrain | mlp_team.TeamRetrain:
     net = compiled.recognized.net
-    if not native.uses_teams(ev):
+    if compiled.engine == "cpu":
         return ops.MlpRetrain(net, steps, models, blocks, momenta, l2=ev.l2)
     team = compiled.team(ev, len(models.joins), retrain=True)
     return mlp_team.TeamRetrain(net, steps, mlp.on_device(models, ev.device), blocks, momenta, team, l2=ev.l2)
@@ -91,7 +91,7 @@ def query_changes(ev: Evaluator, compiled: Native, query: Query, params: Params,
     ev: in float64. params: θ somewhere, where two models are compared with the generic path: queries run in eval mode, of
     which the net was not read.
     """
-    if query.batch is None or native.uses_teams(ev):
+    if query.batch is None or compiled.engine != "cpu":
         return generic
     net, names = compiled.recognized.net, compiled.recognized.parameters
     args, kwargs, target = ev.unpack(query.batch)

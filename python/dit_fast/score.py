@@ -215,7 +215,7 @@ def choose_sweep(
             why = f"compiled: {compiled.recognized.description}; agrees with the generic path on the first batch"
 
             def run(columns: list[plan.Column], gradients: QueryGradients, progress: Callable[..., object]) -> Tensor:
-                if native.uses_teams(ev):
+                if compiled.engine == "team":
                     return native_team.sweep(ev, columns, compiled, hessian, gradients, num_samples, progress)
                 points = sorted({t for column in columns for t in (column.start, column.stop) if t})
                 at = native.query_gradients(ev, compiled, asked, points, gradients)
