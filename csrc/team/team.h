@@ -39,10 +39,16 @@ DIT_FAST_HOST_DEVICE void product(const Team& team, int m, int n, int k, A a, B 
       below += a1 * b0;
       corner += a1 * b1;
     }
-    write(i, j, sum);
-    if (two_columns) write(i, next_j, right);
-    if (two_rows) write(next_i, j, below);
-    if (two_rows && two_columns) write(next_i, next_j, corner);
+    // one copy of `write` in the kernel, not four: what it does may be long
+#ifdef __CUDACC__
+#pragma unroll 1
+#endif
+    for (int element = 0; element < 4; ++element) {
+      const bool second_row = element >= 2, second_column = element % 2 != 0;
+      if ((second_row && !two_rows) || (second_column && !two_columns)) continue;
+      const Real upper = second_column ? right : sum, lower = second_column ? corner : below;
+      write(second_row ? next_i : i, second_column ? next_j : j, second_row ? lower : upper);
+    }
   });
 }
 
