@@ -27,6 +27,8 @@ ALLOWED = {
     "lowrank": "",
     "ops": "_C lowrank mlp",
     "ops_torch": "lowrank mlp",
+    "mlp_team": "mlp ops",
+    "mlp_gemm": "mlp ops",
     "modules": "errors",
     # the log
     "ranks": "errors",
@@ -59,16 +61,17 @@ ALLOWED = {
     "plan": "byte_sizes linearize problem trajectory",
     "sweep": "errors plan problem replay",
     "recognize": "mlp problem",
-    "native": "data errors linearize log mlp ops optimizers plan problem queries recognize sweep",
+    "native": "data errors linearize log mlp mlp_gemm mlp_team ops optimizers plan problem queries recognize sweep",
+    "native_team": "errors linearize mlp_team native plan problem sweep",
     "factors": "linearize ops problem sweep",
-    "native_retrain": "mlp native ops problem queries recognize",
+    "native_retrain": "mlp mlp_team native ops problem queries recognize",
     "duals": "",
     "layers": "duals problem recognize",
     "layerwise": "data duals layers linearize problem recognize sweep",
-    "retrain": ("byte_sizes data guard native native_retrain plan problem progress queries recognize replay result trajectory"),
+    "retrain": "byte_sizes data guard native native_retrain plan problem progress queries recognize replay result trajectory",
     "score": (
-        "factors guard layerwise linearize native plan problem progress queries recognize replay result retrain sweep "
-        "trajectory"
+        "factors guard layerwise linearize native native_team plan problem progress queries recognize replay result "
+        "retrain sweep trajectory"
     ),
     "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
     "reference": "data problem progress queries result trajectory",
@@ -90,11 +93,16 @@ ALLOWED = {
     "__main__": "cli",
 }
 # imports inside functions or for type checkers alone, which keep matplotlib, torch or a cycle out of `import dit_fast`
-LAZY = {"result": "plots", "score": "estimate", "demo": "plots", "cli": "__init__ demo log"}
+LAZY = {
+    "result": "plots",
+    "score": "estimate",
+    "demo": "plots",
+    "cli": "__init__ demo log",
+}
 # the slow truth shares no code with what it judges
 NOT_IN_REFERENCE = (
-    "ops optimizers score estimate sweep linearize layerwise native native_retrain recognize plan factors replay retrain "
-    "duals layers"
+    "ops optimizers score estimate sweep linearize layerwise native native_retrain recognize plan factors replay "
+    "retrain duals layers native_team mlp_team mlp_gemm"
 )
 
 
