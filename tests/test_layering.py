@@ -68,8 +68,11 @@ ALLOWED = {
     ),
     "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
     "reference": "data problem progress queries result trajectory",
+    "suspects": "data plan problem progress queries replay result score trajectory",
+    "datamodeling": "correlation curves problem queries result retrain score trajectory",
+    "cleaning": "data detection guard plan problem progress replay suspects trajectory",
     # what users meet
-    "analysis": "correlation curves detection patterns",
+    "analysis": "cleaning correlation curves datamodeling detection patterns suspects",
     "__init__": (
         "analysis data errors estimate log_size ops optimizers problem queries recorder reference result retrain score "
         "trajectory"

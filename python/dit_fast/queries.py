@@ -150,7 +150,7 @@ def feature(x: Tensor, index: int | tuple[int, ...], feature: int | tuple[int, .
 
     def value(model: nn.Module, ev: Evaluator, piece: Tensor, rows: slice) -> Tensor:
         def total(inputs: Tensor) -> Tensor:
-            return _pick(_logits(model(inputs)), index).sum()
+            return _pick(logits_of(model(inputs)), index).sum()
 
         return _pick(torch.func.grad(total)(ev.place(piece)), feature)
 
@@ -319,10 +319,11 @@ def _losses(model: nn.Module, ev: Evaluator, piece: Any) -> Tensor:
 
 def _outputs(model: nn.Module, ev: Evaluator, piece: Any) -> Tensor:
     inputs = ev.place(piece)
-    return _logits(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
+    return logits_of(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """The logits of what a model returned: a tensor, its `logits`, or the first of a tuple; TypeError for anything else."""
     if isinstance(output, Mapping) and "logits" in output:
         output = output["logits"]
     elif hasattr(output, "logits"):
