@@ -35,7 +35,7 @@ def write(
     corrupted: Any = None,
     retrained: Influence | None = None,
     samples: Any = None,
-    labels: Sequence[Any] | None = None,
+    labels: Any = None,
     image_shape: tuple[int, ...] | None = None,
     title: str | None = None,
 ) -> Path:

@@ -68,7 +68,7 @@ def pattern_facts(result: Influence, query: int) -> dict[str, Any] | None:
         "early": f"at least {rule.early:.0%} of the influence lies in the first third of the steps",
         "late": f"at least {rule.late:.0%} of it lies in the last third",
         "stable": "none of the others: about the same all the time",
-        "fluctuating": f"the sign changes in {rule.sign_changes:.0%} of the windows, or the size varies by {rule.variation:g} of its mean",
+        "fluctuating": f"the sign changes in {rule.sign_changes:.0%} of the windows, or its size varies by {rule.variation:g} times its mean",
         "negligible": f"at most {rule.negligible:.0%} of the mean influence, or none",
     }
     rows = [

@@ -3,9 +3,9 @@
 import base64
 import struct
 import zlib
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +19,7 @@ def views_of(
     ids: list[int],
     problem: Problem | None = None,
     samples: Any = None,
-    labels: Sequence[Any] | None = None,
+    labels: Any = None,
     image_shape: tuple[int, ...] | None = None,
 ) -> tuple[dict[int, str], dict[int, str], dict[int, str]]:
     """(pictures, texts, labels) of these samples, each id → what there is to show; empty where nothing is known.
@@ -30,14 +30,13 @@ def views_of(
 
     Raises ValueError where an id has no row, or images have another shape.
     """
-    inputs, targets = (samples, labels) if ids else (None, None)
+    inputs = targets = None
     if ids and problem is not None and problem.samples is not None:
-        own_inputs, own_targets = _of_problem(problem, ids)
-        inputs = own_inputs if samples is None else _rows(samples, ids, "samples")
-        targets = own_targets if labels is None else _rows(labels, ids, "labels")
-    elif ids:
-        inputs = None if samples is None else _rows(samples, ids, "samples")
-        targets = None if labels is None else _rows(labels, ids, "labels")
+        inputs, targets = _of_problem(problem, ids)
+    if ids and samples is not None:
+        inputs = _rows(samples, ids, "samples")
+    if ids and labels is not None:
+        targets = _rows(labels.tolist() if hasattr(labels, "tolist") else labels, ids, "labels")
     named = {} if targets is None else {j: str(label) for j, label in zip(ids, targets, strict=True)}
     if inputs is None:
         return {}, {}, named
@@ -102,10 +101,9 @@ def _of_problem(problem: Problem, ids: list[int]) -> tuple[Any, Any]:
 def _rows(values: Any, ids: list[int], what: str) -> Any:
     if max(ids) >= len(values):
         raise ValueError(f"{what} has {len(values)} rows: there is none for sample {max(ids)}")
-    if isinstance(values, list | tuple):
-        return [values[j] for j in ids]
-    rows = torch.as_tensor(values)[torch.tensor(ids)]
-    return rows.tolist() if what == "labels" else rows
+    if isinstance(values, Tensor | np.ndarray):
+        return torch.as_tensor(values)[torch.tensor(ids)]
+    return [values[j] for j in ids]
 
 
 def _shape(inputs: Any) -> str:

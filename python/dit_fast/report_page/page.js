@@ -4,7 +4,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const { table, windows } = data;
 const CARDS = 6, LINES = 5, ROW = 20;
 const words = data.isLoss
-  ? { helps: "Helpful", harms: "Harmful", up: "helps: without it the loss would be higher", down: "harms: without it the loss would be lower" }
+  ? { helps: "Helpful", harms: "Harmful", up: "it helped; without it the loss would be higher", down: "it harmed; without it the loss would be lower" }
   : { helps: "Raised by removal", harms: "Lowered by removal", up: "removing the sample raises the query", down: "removing the sample lowers the query" };
 const unit = data.groups ? "group" : "sample";
 // the longest window, of equal ones the last, is the one to begin with
@@ -86,7 +86,7 @@ function drawRun() {
     const frame = axes(width, plot, [0, last], range(curves.flatMap(([, points]) => points.map((p) => p[1])), true), {});
     px = frame.px;
     const w = windows[picked];
-    root.append(shape("rect", { class: "span on", x: px(w.start), y: 10, width: px(w.stop) - px(w.start), height: plot - 36, stroke: "none" }), frame.root);
+    root.append(shape("rect", { class: "shade", x: px(w.start), y: 10, width: px(w.stop) - px(w.start), height: plot - 36 }), frame.root);
     for (const [name, points, kind] of curves) root.append(shape("path", { class: `series ${kind}`, d: path(points, frame.px, frame.py) }, shape("title", {}, name)));
   } else {
     for (const tick of ticks(begin, end, 6)) root.append(shape("text", { x: px(tick), y: height - 6, "text-anchor": "middle" }, short(tick)));
@@ -98,7 +98,7 @@ function drawRun() {
     bar.addEventListener("click", () => pick(i));
     root.append(bar);
   });
-  byId("run-note").textContent = (curves.length ? curves.map(([name], i) => `${i || curves[0][0] === data.query ? "Coloured" : "Grey"}: ${name}`).join(". ") + ". " : "") + "Below: the windows that were scored, in steps; choose one here or above.";
+  byId("run-note").textContent = (curves.length ? curves.map(([name, , kind]) => (kind === "on-quiet" ? `Grey: ${name}. ` : `Coloured: the query, ${name}. `)).join("") : "") + "Below: the windows that were scored, in steps; choose one here or above.";
 }
 function windowLanes() {
   const ends = [], of = windows.map((w) => {
@@ -217,7 +217,7 @@ function drawCurves() {
   const { root, width } = canvasOf(host, 240, `Scores of the leading ${unit}s of ${windows[picked].name} over the windows of the run`);
   const first = windows[stages[0]].start, last = windows[stages[stages.length - 1]].stop;
   const frame = axes(width, 240, [first, last], range(lines.flatMap(([p]) => stages.map((w) => table.scores[w][p])), true), { form: signed, left: 70, right: 44 });
-  if (stages.includes(picked)) root.append(shape("rect", { class: "span on", x: frame.px(windows[picked].start), y: 10, width: frame.px(windows[picked].stop) - frame.px(windows[picked].start), height: 204, stroke: "none" }));
+  if (stages.includes(picked)) root.append(shape("rect", { class: "shade", x: frame.px(windows[picked].start), y: 10, width: frame.px(windows[picked].stop) - frame.px(windows[picked].start), height: 204 }));
   root.append(frame.root, shape("line", { class: "zero", x1: frame.px(first), x2: frame.px(last), y1: frame.py(0), y2: frame.py(0) }));
   const ends = [];
   for (const [p, kind] of lines) {
@@ -233,7 +233,7 @@ function drawCurves() {
   for (const [y, id, kind] of ends.sort((a, b) => a[0] - b[0])) {
     if (y < free) continue; // a number that would cover another is left to the hover
     free = y + 12;
-    root.append(shape("text", { class: kind, x: width - 40, y: y + 4 }, String(id)));
+    root.append(shape("text", { class: kind, x: frame.px(at[at.length - 1]) + 6, y: y + 4 }, String(id)));
   }
   byId("curve-note").textContent = `The ${LINES} most ${data.isLoss ? "helpful and harmful" : "raised and lowered"} ${unit}s of ${windows[picked].name}, in each window of the run; numbers are their ids.`;
 }
@@ -273,7 +273,7 @@ function columnsOf() {
     any(data.labels) && { key: "label", title: "label", value: (p) => data.labels[table.ids[p]] },
     { key: "score", title: "score", numeric: true, value: (p) => table.scores[picked][p], form: signed, tinted: true },
     table.patterns.some(Boolean) && { key: "pattern", title: "pattern", value: (p) => table.patterns[p] },
-    table.stages.length > 1 && { key: "sum", title: "sum of all windows", numeric: true, value: (p) => table.stages.reduce((sum, w) => sum + table.scores[w][p], 0), form: signed, tinted: true },
+    table.stages.length > 1 && { key: "sum", title: "sum", numeric: true, value: (p) => table.stages.reduce((sum, w) => sum + table.scores[w][p], 0), form: signed, tinted: true },
     table.retrained && { key: "true", title: "by retraining", value: (p) => (table.retrained[picked][p] ? "yes" : "no") },
     data.detection && { key: "corrupted", title: "corrupted", value: (p) => (corrupted.has(table.ids[p]) ? "yes" : "no") },
   ].filter(Boolean);
@@ -284,7 +284,8 @@ function compare(a, b) {
 }
 function drawTable() {
   const root = byId("sample-table"), columns = columnsOf(), by = columns.find((c) => c.key === sorting.column) || columns[0], [helps, harms] = table.listed[picked];
-  root.querySelector("caption").textContent = `${spanOf(windows[picked])}: the ${helps.length} ${unit}s with the largest scores above 0 and the ${harms.length} with the smallest below.`;
+  root.querySelector("caption").textContent = spanOf(windows[picked]);
+  byId("sample-note").textContent = `The ${helps.length} ${unit}s with the largest scores above 0 and the ${harms.length} with the smallest below. A heading sorts by its column.`;
   root.querySelector("thead").replaceChildren(node("tr", {}, ...columns.map((column) => {
     const heading = node("th", { scope: "col", class: column.numeric ? "number" : null });
     if (!column.value) { heading.append(column.title); return heading; }
@@ -338,9 +339,9 @@ function drawDetection() {
   root.append(frame.root, shape("line", { class: "zero", x1: frame.px(0), y1: frame.py(0), x2: frame.px(100), y2: frame.py(100) }));
   const order = rows.map((_, i) => i).filter((i) => i !== picked).concat(picked);
   for (const i of order) root.append(shape("path", { class: `series ${i === picked ? "strong on-accent" : "faint on-quiet"}`, d: path(rows[i].points.map(([x, y]) => [100 * x, 100 * y]), frame.px, frame.py) }, shape("title", {}, rows[i].name)));
-  byId("detection-note").textContent = `${count} corrupted ${unit}s, ${percent(share, 1)} of all. Across: the share inspected, the most harmful first. Upwards: the share of the corrupted found. Bold: ${windows[picked].name}; pale: the other windows; dashed: inspecting at random.`;
+  byId("detection-note").textContent = `${count} corrupted ${unit}s, ${percent(share, 1)} of all. Across: the share inspected, the most harmful first. Upwards, and in the last columns: the share of the corrupted found. Bold: ${windows[picked].name}; pale: the other windows; dashed: inspecting at random.`;
   const numbers = rows.map((row) => [row.name, fixed(row.auc), fixed(row.precision), percent(row.found[0]), percent(row.found[1])]);
-  plain(byId("detection-table"), ["window", "AUC", "average precision", "found in the first 10 %", "in the first 20 %"], [...numbers, ["random (expected)", "0.500", fixed(share), "10 %", "20 %"]], picked);
+  plain(byId("detection-table"), ["window", "AUC", "average precision", "first 10 %", "first 20 %"], [...numbers, ["random (expected)", "0.500", fixed(share), "10 %", "20 %"]], picked);
 }
 function plain(root, headings, rows, marked = -1) {
   const cell = (tag, text, i, bold) => { const made = node(tag, { class: i ? "number" : null, scope: tag === "th" ? "col" : null }, text); if (bold) made.style.fontWeight = 600; return made; };
@@ -348,7 +349,7 @@ function plain(root, headings, rows, marked = -1) {
 }
 function drawOnce() {
   byId("summary").textContent = `${data.numSamples.toLocaleString("en")} ${unit}s, ${windows.length} window${windows.length === 1 ? "" : "s"}. The query is ${data.query}${data.numQueries > 1 ? `, one of ${data.numQueries} values asked` : ""}.`;
-  byId("legend").append(...[["--helps", `above 0, red: ${words.up}`], ["--harms", `below 0, blue: ${words.down}`]].map(([name, text]) => { const item = node("li", {}, text); item.style.setProperty("--swatch", `var(${name})`); return item; }));
+  byId("legend").append(...[["--helps", `Red, above 0: ${words.up}`], ["--harms", `Blue, below 0: ${words.down}`]].map(([name, text]) => { const item = node("li", {}, text); item.style.setProperty("--swatch", `var(${name})`); return item; }));
   windows.forEach((w, i) => {
     const input = node("input", { type: "radio", name: "window", value: i, "aria-label": spanOf(w) });
     input.checked = i === picked;
@@ -366,9 +367,14 @@ function drawOnce() {
   bindHeat();
   drawPatterns();
 }
+function showPicked() {
+  const strip = byId("windows"), label = strip.children[picked];
+  label.firstChild.checked = true;
+  strip.scrollLeft = label.offsetLeft - strip.offsetLeft - (strip.clientWidth - label.offsetWidth) / 2;
+}
 function pick(i) {
   picked = i;
-  document.querySelectorAll("#windows input")[i].checked = true;
+  showPicked();
   draw();
 }
 function draw() {
@@ -376,6 +382,7 @@ function draw() {
   drawRun(); drawHeat(); drawCurves(); drawCards(); drawTable(); drawStages(); drawDetection();
 }
 drawOnce();
+showPicked();
 draw();
 let waiting = 0, drawnWidth = window.innerWidth;
 addEventListener("resize", () => {
