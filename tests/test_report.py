@@ -76,7 +76,9 @@ def test_the_page_is_whole_and_asks_for_nothing_from_outside(full):
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
 
     class Reader(html.parser.HTMLParser):
-        open: list[str] = []
+        def __init__(self):
+            super().__init__()
+            self.open = []
 
         def handle_starttag(self, tag, attributes):
             if tag not in ("meta", "br", "img"):
@@ -195,7 +197,9 @@ def test_one_window_and_other_queries_and_groups(tmp_path):
 
 def test_texts_are_data_and_never_markup(tmp_path):
     nasty = "</script><script>alert(1)</script><!-- <b>"
-    path = report.write(replace(made(3), sample_ids=torch.arange(3)), tmp_path / "t.html", samples=[nasty, "b", "c"], labels="xyz")
+    path = report.write(
+        replace(made(3), sample_ids=torch.arange(3)), tmp_path / "t.html", samples=[nasty, "b", "c"], labels="xyz"
+    )
     assert path.read_text("utf-8").count("</script>") == 2
     assert data_of(path)["texts"]["0"] == nasty and data_of(path)["labels"] == {"0": "x", "1": "y", "2": "z"}
 
@@ -205,7 +209,13 @@ def test_pictures_in_colour_and_large_ones():
     assert (decoded(png_uri(pixels)) == pixels.permute(1, 2, 0).numpy()).all()
     assert as_images(torch.rand(2, 3, 200, 100)).shape == (2, 3, 64, 32)
     assert as_images(torch.rand(2, 12), (3, 2, 2)).shape == (2, 3, 2, 2)
-    for nothing in (torch.rand(4, 7), torch.rand(2, 5, 8, 8), torch.randint(9, (2, 8, 8)), "text", torch.full((1, 4, 4), torch.nan)):
+    for nothing in (
+        torch.rand(4, 7),
+        torch.rand(2, 5, 8, 8),
+        torch.randint(9, (2, 8, 8)),
+        "text",
+        torch.full((1, 4, 4), torch.nan),
+    ):
         assert as_images(nothing) is None
 
 

@@ -62,7 +62,9 @@ def opened(browser, page, request):
 
 
 def rows(browser, table: str = "#sample-table") -> list[list[str]]:
-    script = "return [...document.querySelectorAll(arguments[0] + ' tbody tr')].map(r => [...r.children].map(c => c.textContent))"
+    script = (
+        "return [...document.querySelectorAll(arguments[0] + ' tbody tr')].map(r => [...r.children].map(c => c.textContent))"
+    )
     return browser.execute_script(script, table)
 
 
@@ -76,7 +78,9 @@ def test_every_section_is_there_and_the_page_is_no_wider_than_the_screen(opened)
     assert opened.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     assert len(opened.find_elements("css selector", "#helps img")) == 6
     assert opened.execute_script("return [...document.images].every(i => i.complete && i.naturalWidth === 4 && i.alt)")
-    assert opened.execute_script("return [...document.querySelectorAll('svg, canvas')].every(e => e.getAttribute('aria-label'))")
+    assert opened.execute_script(
+        "return [...document.querySelectorAll('svg, canvas')].every(e => e.getAttribute('aria-label'))"
+    )
 
 
 def test_picking_a_window_changes_table_cards_and_headings(opened):
@@ -86,7 +90,11 @@ def test_picking_a_window_changes_table_cards_and_headings(opened):
     assert find(opened, ".picked").text == "epoch 2"
     assert rows(opened) != before and find(opened, "#helps").text != cards
     assert find(opened, "#sample-table caption").text == "epoch 2 (steps 3–6)"
-    bold = [r for r in opened.find_elements("css selector", "#detection-table td") if r.value_of_css_property("font-weight") == "600"]
+    bold = [
+        r
+        for r in opened.find_elements("css selector", "#detection-table td")
+        if r.value_of_css_property("font-weight") == "600"
+    ]
     assert bold[0].text == "epoch 2"
 
 
@@ -131,7 +139,8 @@ def test_pointing_at_the_heat_map_reads_it(opened):
     width, height = heat.size["width"], heat.size["height"]
     ActionChains(opened).move_to_element_with_offset(heat, width // 2 - 4, 3 - height // 2).perform()
     expected = opened.execute_script(
-        "const p = data.table.heat.order[numColumns() - 1]; return `sample ${data.table.ids[p]}` + '|' + signed(data.table.scores[0][p])"
+        "const p = data.table.heat.order[numColumns() - 1];"
+        "return `sample ${data.table.ids[p]}` + '|' + signed(data.table.scores[0][p])"
     )
     assert all(part in find(opened, "#heat-readout").text for part in (*expected.split("|"), "epoch 1 (steps 0–3)"))
 

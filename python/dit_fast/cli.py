@@ -136,7 +136,7 @@ for command, example in (
 def main() -> None:
     """Run the command line; a user's error is one line on stderr and exit status 2."""
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="dit-fast", standalone_mode=False)
     except (ValueError, TypeError, OSError, LogError, UnsupportedError, ImportError) as error:
         _refuse(str(error))
     except (KeyboardInterrupt, typer.Abort):

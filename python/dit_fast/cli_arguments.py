@@ -59,7 +59,9 @@ def read_windows(spec: str | None, trajectory: Trajectory) -> dict[str, tuple[in
     for item in filter(None, (part.strip() for part in spec.split(","))):
         for name, span in _windows(item, trajectory):
             if found.setdefault(name, span) != span:
-                raise ValueError(f"--windows {spec!r} names two windows {name!r}: give one of them another name, NAME=START:STOP")
+                raise ValueError(
+                    f"--windows {spec!r} names two windows {name!r}: give one of them another name, NAME=START:STOP"
+                )
     trajectory.windows(found)  # which says what is wrong with their steps
     return found
 
@@ -87,7 +89,9 @@ def read_ids(path: Path, option: str) -> list[int]:
     words = re.split(r"[\s,]+", _text(path, option).strip())
     wrong = next((word for word in words if not re.fullmatch(r"\d+", word)), None)
     if wrong is not None:
-        raise ValueError(f"{option}: {path} holds {wrong[:40]!r}, which is no sample id" if wrong else f"{option}: {path} is empty")
+        raise ValueError(
+            f"{option}: {path} holds {wrong[:40]!r}, which is no sample id" if wrong else f"{option}: {path} is empty"
+        )
     return [int(word) for word in words]
 
 

@@ -1,6 +1,7 @@
 """The subcommands that look before anything is computed: verify, explain, estimate."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +37,7 @@ def verify(
             stop = trajectory.segment(t)[1]
             advance(stop - t)
             t = stop
-    facts = {
+    facts: dict[str, Any] = {
         "log": str(log),
         "intact": True,
         "finished": trajectory.is_complete,
@@ -171,7 +172,7 @@ def _estimate_log(
 
     if steps is None or batch_size is None:
         raise ValueError("estimate needs a LOG, or --steps and --batch-size of a run to come")
-    made = {
+    made: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
         "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
         "adam": torch.optim.Adam,
@@ -233,5 +234,3 @@ def _marks(marks: dict[str, int]) -> str:
         return "none"
     named = [f"{name} at {step:,}" for name, step in marks.items()]
     return ", ".join(named if len(named) <= 4 else [*named[:2], "…", named[-1]]) + f" ({len(named)})" * (len(named) > 4)
-
-

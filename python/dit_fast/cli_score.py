@@ -41,12 +41,13 @@ def score(
     """Score every training sample of a LOG in every window; writes safetensors and CSV."""
     from dit_fast.score import score as compute
 
+    arguments.check_output(out, overwrite)
     table = csv or out.with_suffix(".csv")
     files = {"--out": out} | ({"--csv": table} if write_csv else {})
     if len({path.resolve() for path in files.values()}) < len(files):
         raise ValueError(f"--out and --csv are both {out}: name two files")
-    for option, path in files.items():
-        arguments.check_output(path, overwrite, option)
+    if write_csv:
+        arguments.check_output(table, overwrite, "--csv")
     trajectory = arguments.read_log(log)
     made = arguments.read_problem(problem)
     result = compute(

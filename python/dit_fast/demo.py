@@ -68,7 +68,9 @@ def load(name: str) -> DemoData:
     if name == "mnist":
         with np.load(Path(folder) / file) as arrays:
             x, y = arrays["x_train"][:6000], arrays["y_train"][:6000]
-        return _split(x.reshape(len(x), -1) / 255.0, y, num_train=4000, num_val=2000, hidden=32, epochs=5, lr=0.2, image_shape=(28, 28))
+        return _split(
+            x.reshape(len(x), -1) / 255.0, y, num_train=4000, num_val=2000, hidden=32, epochs=5, lr=0.2, image_shape=(28, 28)
+        )
     with gzip.open(Path(folder) / file, "rt", encoding="utf-8") as lines:
         table = np.array([[value.strip() for value in line.split(",")] for line in lines if line.strip()])
     x, y = _one_hot(table[:, :-1]), (table[:, -1] == ">50K").astype(int)
@@ -174,7 +176,14 @@ def _run(data_name: str, data: DemoData, folder: Path, seed: int, say: Callable[
 
 
 def _split(
-    x: Any, y: Any, num_train: int, num_val: int, hidden: int, epochs: int, lr: float, image_shape: tuple[int, int] | None = None
+    x: Any,
+    y: Any,
+    num_train: int,
+    num_val: int,
+    hidden: int,
+    epochs: int,
+    lr: float,
+    image_shape: tuple[int, int] | None = None,
 ) -> DemoData:
     order = np.random.default_rng(0).permutation(len(x))[: num_train + num_val]
     x, y = torch.tensor(np.asarray(x)[order], dtype=torch.float32), torch.tensor(np.asarray(y)[order], dtype=torch.int64)

@@ -102,15 +102,16 @@ def _losses(
     ev = Evaluator.create(problem, trajectory, None, None)
     training: list[list[float]] = []
     values: list[list[float]] = []
+    asking = [] if asked is None else queries.as_list(asked)
     ends = {t for w in result.windows for t in (w.start, w.stop)}
     with ev.session(), torch.no_grad():
         for t in _spread(trajectory.num_steps - 1, LOSS_POINTS):
             if trajectory.has_params(t):
                 parts = [ev.losses(ev.params(t), batch) for batch in ev.batches(t)]
                 _append(training, t, torch.cat(parts).mean())
-        for t in sorted({*_spread(trajectory.num_steps, QUERY_POINTS), *ends} if asked is not None else ()):
+        for t in sorted({*_spread(trajectory.num_steps, QUERY_POINTS), *ends} if asking else ()):
             if trajectory.has_params(t):
-                found = queries.values_at(ev, ev.params(t), queries.as_list(asked))
+                found = queries.values_at(ev, ev.params(t), asking)
                 if query >= len(found):
                     raise ValueError(f"asked has {len(found)} values, the scores {len(result.queries)}: ask the same query")
                 _append(values, t, found[query])

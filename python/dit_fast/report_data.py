@@ -1,6 +1,7 @@
 """The numbers a report shows, ready for JSON: scores, order, curves, correlations, detection, costs."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,8 @@ def pattern_facts(result: Influence, query: int) -> dict[str, Any] | None:
         "early": f"at least {rule.early:.0%} of the influence lies in the first third of the steps",
         "late": f"at least {rule.late:.0%} of it lies in the last third",
         "stable": "none of the others: about the same all the time",
-        "fluctuating": f"the sign changes in {rule.sign_changes:.0%} of the windows, or its size varies by {rule.variation:g} times its mean",
+        "fluctuating": f"the sign changes in {rule.sign_changes:.0%} of the windows, or the size varies by "
+        f"{rule.variation:g} times its mean",
         "negligible": f"at most {rule.negligible:.0%} of the mean influence, or none",
     }
     rows = [
@@ -125,7 +127,12 @@ def detection_facts(result: Influence, query: int, corrupted: Any) -> dict[str, 
                 "found": [_number(analysis.found_fraction(ranking, marked, share)) for share in (0.1, 0.2)],
             }
         )
-    return {"count": int(marked.sum()), "share": _number(marked.mean()), "rows": rows, "ids": result.sample_ids.numpy()[marked].tolist()}
+    return {
+        "count": int(marked.sum()),
+        "share": _number(marked.mean()),
+        "rows": rows,
+        "ids": result.sample_ids.numpy()[marked].tolist(),
+    }
 
 
 def agreement_facts(result: Influence, retrained: Influence, query: int) -> list[dict[str, Any]]:
@@ -164,10 +171,10 @@ def cost_facts(meta: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _patterns(values: Array, windows: Sequence[Window]) -> list[str | None]:
-    finite = np.isfinite(values).all(0)
+    finite: Array = np.asarray(np.isfinite(values).all(axis=0))
     if len(windows) < 2:
         return [None if ok else NO_NUMBER for ok in finite]
-    labels = np.full(len(finite), NO_NUMBER, dtype=object)
+    labels: Array = np.array([NO_NUMBER] * len(finite), dtype=object)
     labels[finite] = analysis.patterns(values[:, finite], windows=windows).labels
     return [str(label) for label in labels]
 
@@ -198,8 +205,10 @@ def _heat(values: Array, ids: Array, order: Array, groups: list[dict[str, Any]],
     # a bin shows its mean, and names the sample that stands out in it
     means, standouts = [], []
     for row in ordered:
-        bins = [row[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-        means.append(_rounded(np.array([part[np.isfinite(part)].mean() if np.isfinite(part).any() else np.nan for part in bins])))
+        bins = [row[a:b] for a, b in pairwise(edges)]
+        means.append(
+            _rounded(np.array([part[np.isfinite(part)].mean() if np.isfinite(part).any() else np.nan for part in bins]))
+        )
         largest = [a + int(np.argmax(np.nan_to_num(np.abs(part)))) for a, part in zip(edges, bins, strict=False)]
         standouts.append([[int(ids[order[i]]), _number(row[i])] for i in largest])
     return {"groups": groups, "edges": edges.tolist(), "means": means, "standouts": standouts}
@@ -209,7 +218,9 @@ def _marked(result: Influence, corrupted: Any) -> Array:
     given = np.asarray(corrupted)
     if given.dtype == bool:
         if given.shape != (len(result.sample_ids),):
-            raise ValueError(f"corrupted must be ids, or bool [{len(result.sample_ids)}] in the order of the result's sample_ids")
+            raise ValueError(
+                f"corrupted must be ids, or bool [{len(result.sample_ids)}] in the order of the result's sample_ids"
+            )
         return given
     unknown = sorted(set(given.tolist()) - set(result.sample_ids.tolist()))
     if unknown:

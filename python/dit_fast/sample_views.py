@@ -41,7 +41,11 @@ def views_of(
     if inputs is None:
         return {}, {}, named
     if isinstance(inputs, list) and all(isinstance(text, str) for text in inputs):
-        return {}, {j: text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…" for j, text in zip(ids, inputs, strict=True)}, named
+        return (
+            {},
+            {j: text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…" for j, text in zip(ids, inputs, strict=True)},
+            named,
+        )
     images = as_images(inputs, image_shape)
     if images is None:
         if samples is not None or image_shape is not None:
