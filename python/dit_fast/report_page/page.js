@@ -26,6 +26,7 @@ const fixed = (v, digits = 3) => (v === null || v === undefined ? "–" : v.toFi
 const percent = (v, digits = 0) => (v === null || v === undefined ? "–" : (100 * v).toFixed(digits) + " %");
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const side = (v) => (v > 0 ? "helps" : v < 0 ? "harms" : "");
+const many = (n) => (n === 1 ? `1 ${unit} is` : `${n} ${unit}s are`);
 const nameOf = (id) => `${unit} ${id}`;
 const spanOf = (w) => `${w.name} (steps ${w.start}–${w.stop})`;
 
@@ -47,7 +48,7 @@ function axes(width, height, x, y, { left = 58, bottom = 26, top = 10, right = 1
 }
 function ticks(low, high, count) {
   const raw = (high - low) / count || 1, power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].find((m) => m * power >= raw) * power, found = [];
+  const step = [1, 2, 2.5, 5, 10].find((m) => m * power >= raw) * power, found = [];
   for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) found.push(Number((k * step).toPrecision(12)));
   return found;
 }
@@ -98,7 +99,7 @@ function drawRun() {
     bar.addEventListener("click", () => pick(i));
     root.append(bar);
   });
-  byId("run-note").textContent = (curves.length ? curves.map(([name, , kind]) => (kind === "on-quiet" ? `Grey: ${name}. ` : `Coloured: the query, ${name}. `)).join("") : "") + "Below: the windows that were scored, in steps; choose one here or above.";
+  byId("run-note").textContent = (curves.length ? curves.map(([name, , kind]) => (kind === "on-quiet" ? `Grey: ${name}. ` : `Coloured: the query, ${name}. `)).join("") : "") + `${curves.length ? "Below: the" : "The"} windows that were scored, in steps; choose one here or above.`;
 }
 function windowLanes() {
   const ends = [], of = windows.map((w) => {
@@ -148,7 +149,7 @@ function drawHeat() {
   windows.forEach((w, i) => {
     g.fillStyle = colour(i === picked ? "--text" : "--quiet");
     g.font = `${i === picked ? "600 " : ""}12px system-ui, sans-serif`;
-    g.fillText(w.name, 0, i * ROW + ROW / 2 - 1, heat.left - 6);
+    g.fillText(shortened(g, w.name, heat.left - 8), 0, i * ROW + ROW / 2 - 1);
   });
   g.strokeStyle = colour("--accent"); g.lineWidth = 2;
   g.strokeRect(heat.left, picked * ROW - 1, heat.width - 1, ROW);
@@ -165,6 +166,15 @@ function drawHeat() {
     label.style.left = `${from}px`; label.style.width = `${wide}px`;
     return label;
   }));
+}
+function shortened(g, text, width) {
+  if (g.measureText(text).width <= width) return text;
+  // the end of a name tells windows apart as often as its beginning
+  for (let n = text.length - 1; n > 2; n--) {
+    const half = Math.ceil(n / 2), cut = `${text.slice(0, half)}…${text.slice(text.length - (n - half))}`;
+    if (g.measureText(cut).width <= width) return cut;
+  }
+  return "…";
 }
 function readout() {
   const { w, c } = cursor, where = spanOf(windows[w]);
@@ -201,7 +211,7 @@ function bindHeat() {
   });
   byId("heat-note").textContent = (table.patterns.some((p) => p && p !== "no number") ? `A column is a ${unit}, sorted by when it matters (below) and then by the sum of its scores.` : `A column is a ${unit}, sorted by the sum of its scores.`)
     + (table.heat.order ? "" : ` ${numColumns()} bins of about ${Math.round(data.numSamples / numColumns())} ${unit}s each show means.`)
-    + (table.unvisited ? ` ${table.unvisited} ${unit}s are 0 everywhere, such as those never seen.` : "") + (table.noNumber ? ` ${table.noNumber} ${unit}s have scores that are no numbers (grey).` : "");
+    + (table.unvisited ? ` ${many(table.unvisited)} 0 everywhere, as are those never seen.` : "") + (table.noNumber ? ` ${many(table.noNumber)} in some window without a number (grey).` : "");
   byId("heat-scale").append(`−${short(table.limit)}`, node("i"), `+${short(table.limit)}`, node("span", {}, "(logarithmic beyond ±1 %)"));
   byId("heat-readout").textContent = "Point at the map, or go through it with the arrow keys.";
 }
@@ -322,7 +332,7 @@ function drawStages() {
   if (!data.stages) return;
   const kind = byId("stage-kind").value, found = data.stages.kinds[kind], names = data.stages.names, root = byId("stage-table"), stops = [colour("--heat-zero"), colour("--heat-high"), colour("--heat-low")];
   const titles = { kendall: "Kendall's τ", spearman: "Spearman", pearson: "Pearson", jaccard: `Jaccard of the top ${found.k}` };
-  byId("stage-note").textContent = `Whether the same ${unit}s matter in two windows: 1 for the same order, 0 for none. ${titles[kind]}: ${fixed(found.mean, 2)} on average over pairs.${data.stages.leftOut ? ` ${data.stages.leftOut} ${unit}s that are 0 everywhere, or no numbers, are left out.` : ""}`;
+  byId("stage-note").textContent = `Whether the same ${unit}s matter in two windows: 1 for the same order, 0 for none. ${titles[kind]}: ${fixed(found.mean, 2)} on average over pairs.${data.stages.leftOut ? ` ${many(data.stages.leftOut)} left out: 0 everywhere, or without a number in some window.` : ""}`;
   root.replaceChildren(node("caption", {}, `${titles[kind]} of every two windows`),
     node("thead", {}, node("tr", {}, node("td", {}), ...names.map((name, i) => node("th", { scope: "col", title: name }, String(i + 1))))),
     node("tbody", {}, ...names.map((name, i) => node("tr", {}, node("th", { scope: "row" }, `${i + 1} ${name}`), ...found.matrix[i].map((v, j) => {
