@@ -42,7 +42,7 @@ $(VENV)/demo-installed: $(VENV)/created constraints.txt $(SOURCES)
 
 $(VENV)/dev-installed: $(VENV)/created constraints.txt $(SOURCES)
 	@echo "installing dit_fast and what it needs into $(VENV): a few minutes, once"
-	$(BIN)/pip install --quiet -c constraints.txt '.[test,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt '.[test,dev,integrations]'
 	touch $@
 
 clean:

@@ -211,3 +211,23 @@ def test_bad_batches_and_missing_data_are_named(tmp_path):
     trajectory = dit_fast.Trajectory.from_arrays({"weight": torch.ones(2, 3, 2), "bias": torch.ones(2, 3)}, [[0]], 0.1)
     with pytest.raises(ValueError, match="the problem has no data and the log holds no batches"):
         dit_fast.score(trajectory, dit_fast.Problem(model, cross_entropy), dit_fast.queries.parameter("bias"))
+
+
+def test_a_closure_may_run_the_model_with_dropout(tmp_path):
+    model, x, y = build("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    with dit_fast.Recorder(tmp_path / "log", model, optimizer, num_samples=N) as recorder:
+        for ids in torch.arange(N).chunk(3):
+
+            def closure(ids=ids):
+                optimizer.zero_grad()
+                loss = cross_entropy(model(x[ids]), y[ids]).mean()
+                loss.backward()
+                return loss
+
+            with recorder.step(ids):
+                optimizer.step(closure)
+    problem = dit_fast.Problem(model, cross_entropy, (x[:N], y[:N]))
+    # the guard replays steps, and would refuse other masks
+    scores = dit_fast.score(dit_fast.Trajectory.open(tmp_path / "log"), problem, dit_fast.queries.loss(x[N:], y[N:])).scores
+    assert (scores != 0).all()

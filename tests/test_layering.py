@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "dit_fast"
-MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("integrations/*.py")])
+}
 CXX_SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu"})
 
 # module: what it may import of dit_fast, lower layers first. A new module gets a line of its own here.
@@ -70,7 +73,7 @@ ALLOWED = {
     "reference": "data problem progress queries result trajectory",
     "suspects": "data plan problem progress queries replay result score trajectory",
     "datamodeling": "correlation curves problem queries result retrain score trajectory",
-    "cleaning": "data detection guard plan problem progress replay suspects trajectory",
+    "cleaning": "data detection guard numerics plan problem progress replay suspects trajectory",
     # what users meet
     "analysis": "cleaning correlation curves datamodeling detection patterns suspects",
     "__init__": (
@@ -81,6 +84,9 @@ ALLOWED = {
     "report_data": "analysis byte_sizes result trajectory",
     "report": "problem queries report_data result sample_views trajectory",
     "explain": "linearize modules optimizers plan problem replay retrain score trajectory",
+    "integrations.__init__": "",
+    "integrations.transformers": "errors recorder",
+    "integrations.lightning": "errors recorder",
     "plots": "correlation curves detection patterns result",
     "demo": "__init__ analysis report",
     "cli_arguments": "data problem queries result trajectory",

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dit_fast import plan
+from dit_fast import numerics, plan
 from dit_fast.data import as_ids, leaves, map_tensors
 from dit_fast.detection import checked_ranking
 from dit_fast.guard import check_problem
@@ -125,6 +125,7 @@ def clean(
     ev.rescales = coefficients == "rescale"
     measure, name = _measure(ev, evaluate)
     before, after = [], []
+    default = torch.get_default_dtype()
     with ev.session(), progress_bar(2 * len(seeds) * trajectory.num_steps, "cleaning", show_progress) as bar:
         budget = int(plan.REPLAY_SHARE * plan.memory_budget(None, ev.device))
         if check:
@@ -132,7 +133,7 @@ def clean(
         new_labels = _new_labels(ev, suspects, labels) if how == "relabel" else None
         for seed in seeds:
             ev.restore()
-            start = _start(ev, seed, initialize)
+            start = _start(ev, seed, initialize, default)
             if seed:
                 ev.exchange = _exchange(ev.num_samples, visited, seed)
             before.append(measure(_train(ev, start, seed, bar.update)))
@@ -208,18 +209,19 @@ def _train(ev: Evaluator, start: Point, seed: int, progress: Callable[[int], obj
     return point.params
 
 
-def _start(ev: Evaluator, seed: int, initialize: Callable[[nn.Module], object] | None) -> Point:
-    """The log's own start for seed 0, else new parameters and an optimizer that has done nothing."""
+def _start(ev: Evaluator, seed: int, initialize: Callable[[nn.Module], object] | None, default: torch.dtype) -> Point:
+    """The log's own start for seed 0, else new parameters and an optimizer that has done nothing.
+
+    default: torch's default dtype outside, in which `initialize` is to make its numbers.
+    """
     trajectory = ev.trajectory
     state = {name: tuple(slot.to(ev.device, ev.dtype) for slot in slots) for name, slots in (trajectory.state(0) or {}).items()}
     if not seed:
         return Point(ev.params(0), state, trajectory.counts(0))
-    torch.manual_seed(seed)
     model = copy.deepcopy(ev.problem.model)
-    if initialize is not None:
-        initialize(model)
-    else:
-        _reset(model, list(ev.shapes))
+    with numerics.preserved_state(default):
+        torch.manual_seed(seed)
+        initialize(model) if initialize is not None else _reset(model, list(ev.shapes))
     own = dict(model.named_parameters())
     params = {name: own[name].detach().to(ev.device, ev.dtype, copy=True) for name in ev.shapes}
     zeros = {name: tuple(torch.zeros_like(slot) for slot in slots) for name, slots in state.items()}

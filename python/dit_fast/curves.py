@@ -121,7 +121,8 @@ def finite(values: Array, what: str, ids: Array | None = None) -> Array:
     if bad.any():
         first = int(np.flatnonzero(bad)[0])
         name = first if ids is None else int(ids[first])
-        raise ValueError(f"{what}: NaN or infinity for {int(bad.sum()):,} samples, sample {name} first; leave them out")
+        many = "s" * int(bad.sum() > 1)
+        raise ValueError(f"{what}: NaN or infinity for {int(bad.sum()):,} sample{many}, sample {name} first; leave them out")
     return values
 
 

@@ -118,7 +118,8 @@ def checked_ranking(ranking: Any) -> Array:
     bad = np.isnan(values)
     if bad.any():
         first = int(np.flatnonzero(bad)[0])
-        raise ValueError(f"ranking: {int(bad.sum()):,} samples have NaN, place {first} first; give −inf to be ranked last")
+        many = f"{int(bad.sum()):,} sample{'s' * int(bad.sum() > 1)}"
+        raise ValueError(f"ranking: NaN for {many}, the one at place {first} first; give −inf for what should come last")
     return values
 
 

@@ -22,14 +22,15 @@ class PatternRule:
         those that were never visited are.
     early, late: at least this share of Σ|s_w| lies in the first, the last third of the steps; a window across the border
         counts by its steps on either side. Even influence has 1/3 in each.
-    sign_changes: at least this share of the W − 1 steps from one window to the next change the sign (zeros are skipped).
-    variation: at least this ratio of the standard deviation of s_w/L_w over the steps to the mean of |s_w|/L_w.
+    sign_changes: at least this share of the W − 1 passages from one window to the next change the sign (zeros are skipped).
+        Signs drawn at random change at half of them.
+    variation: at least this ratio of the standard deviation of |s_w|/L_w over the steps to its mean.
     """
 
     negligible: float = 0.01
     early: float = 0.5
     late: float = 0.5
-    sign_changes: float = 0.25
+    sign_changes: float = 0.5
     variation: float = 1.0
 
     def __post_init__(self) -> None:
@@ -112,10 +113,10 @@ def patterns(scores: Any, query: int | str = 0, *, rule: PatternRule | None = No
     `rule` (default `PatternRule()`):
     1. negligible: hardly any influence, or none: never visited before the last window's end;
     2. early or late: most of |influence| lies in the first or in the last third of the steps, in the one that has more;
-    3. fluctuating: the sign changes often, or the influence per step varies much;
-    4. stable: all others. So is every sample with influence where there is one window.
+    3. fluctuating: the sign changes as often as by chance, or |influence| per step varies much;
+    4. stable: all others, of one sign for most of the time. So is every sample with influence where there is one window.
 
-    The classes depend on the windows: finer ones show more fluctuation. Scaling all scores changes nothing, nor do ties.
+    The classes depend on the windows: finer ones show more fluctuation. Scaling all scores changes nothing.
 
     scores, query, windows: as in `curves`, whose errors it has. Raises ValueError for NaN and infinity.
     """
@@ -155,7 +156,7 @@ def _thirds(found: Curves) -> tuple[Array, Array]:
 
 
 def _sign_changes(values: Array) -> Array:
-    """The share of the W − 1 steps between windows at which the sign changes [N]; a zero keeps the sign before it."""
+    """The share of the W − 1 passages between windows at which the sign changes [N]; a zero keeps the sign before it."""
     signs = np.sign(values)
     for w in range(1, len(signs)):
         signs[w] = np.where(signs[w] == 0, signs[w - 1], signs[w])
@@ -163,8 +164,7 @@ def _sign_changes(values: Array) -> Array:
 
 
 def _variation(values: Array, lengths: Array) -> Array:
-    """Standard deviation of s_w/L_w over the steps, in units of the mean of |s_w|/L_w [N]; 0 where all are 0."""
-    rates, weights = values / lengths[:, None], lengths / lengths.sum()
-    centred = rates - weights @ rates
-    size = weights @ np.abs(rates)
-    return np.sqrt(weights @ centred**2) / np.where(size > 0, size, 1.0)
+    """Standard deviation of |s_w|/L_w over the steps, in units of its mean [N]; 0 where all are 0."""
+    rates, weights = np.abs(values) / lengths[:, None], lengths / lengths.sum()
+    mean = weights @ rates
+    return np.sqrt(weights @ (rates - mean) ** 2) / np.where(mean > 0, mean, 1.0)

@@ -21,6 +21,10 @@ from dit_fast.result import Influence
 MAX_COLUMNS = 400
 # windows up to which points are marked, named on a matrix's side, and written into its cells
 MARKED, MAX_NAMES, MAX_NUMBERS = 30, 30, 12
+# of a heat map: inches of its rows together, and rows with a name
+MAX_HEIGHT, MAX_ROWS = 9.0, 40
+# of a legend beside a figure: lines in a column
+LEGEND_LINES = 14
 PATTERN_COLOURS = {"early": "C0", "late": "C1", "stable": "C2", "fluctuating": "C3", "negligible": "0.7"}
 
 
@@ -34,17 +38,18 @@ def heatmap(result: Influence, query: int | str = 0) -> Figure:
     edges = np.linspace(0, num_samples, min(num_samples, MAX_COLUMNS) + 1).astype(int)
     shown = np.add.reduceat(scores[:, order], edges[:-1], axis=1) / np.diff(edges)
     limit = float(np.abs(shown).max()) or 1.0
-    figure = Figure(figsize=(9, 1.6 + 0.28 * num_windows), layout="constrained")
+    figure = Figure(figsize=(9, 2.0 + min(0.28 * num_windows, MAX_HEIGHT)), layout="constrained")
     axes = figure.subplots()
     norm = SymLogNorm(linthresh=limit / 100, vmin=-limit, vmax=limit)
     image = axes.pcolormesh(edges, np.arange(num_windows + 1) - 0.5, shown, cmap="RdBu_r", norm=norm)
     axes.invert_yaxis()
-    axes.set_yticks(range(num_windows), [window.name for window in result.windows])
+    every = math.ceil(num_windows / MAX_ROWS)
+    axes.set_yticks(range(0, num_windows, every), [window.name for window in result.windows[::every]])
     mean = "" if len(edges) > num_samples else f"; a column is the mean of {np.diff(edges).max()} or fewer"
     if num_samples <= 24:
         axes.set_xticks(np.arange(num_samples) + 0.5, [str(int(result.sample_ids[j])) for j in order])
-    unit = "samples" if result.groups is None else "groups"
-    axes.set_xlabel(f"{num_samples} {unit}, lowest to highest sum of the rows{mean}")
+    unit = "sample" if result.groups is None else "group"
+    axes.set_xlabel(f"{_counted(num_samples, unit)}, lowest to highest sum of the rows{mean}")
     axes.set_title(f"Change of {result.queries[query]} when a sample is removed")
     # the ticks that the norm would choose overlap around 0
     decades = [10.0**k for k in range(math.ceil(math.log10(limit / 100)), math.floor(math.log10(limit)) + 1)]
@@ -68,11 +73,16 @@ def curves(result: Influence, query: int | str = 0, k: int = 5, *, sample_ids: A
             axes.plot(found.positions, found.of(j), marker=marker, markersize=4, color=colour, label=str(j))
     axes.axhline(0, color="0.4", linewidth=0.8)
     axes.set(xlabel="step", ylabel="score, summed up to there" if cumulative else "score in a window")
+    axes.set_xlim(found.windows[0].start, found.windows[-1].stop)
     axes.set_title(f"Change of {found.query} when a sample is removed")
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     axes.grid(alpha=0.3)
     if helpful or harmful:
-        axes.legend(title="sample", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        columns = math.ceil(len(axes.get_legend_handles_labels()[0]) / LEGEND_LINES)
+        unit = "sample" if result.groups is None else "group"
+        axes.legend(title=unit, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, ncols=columns)
+    else:
+        axes.text(0.5, 0.6, "every score is 0", transform=axes.transAxes, ha="center", color="0.4")
     return figure
 
 
@@ -85,12 +95,15 @@ def patterns(result: Influence, query: int | str = 0, *, rule: PatternRule | Non
     bars = left.barh(names, [100 * share for share in found.shares.values()], color=[PATTERN_COLOURS[n] for n in names])
     left.bar_label(bars, [f"{share:.1%} ({found.counts[n]:,})" for n, share in found.shares.items()], padding=3)
     left.invert_yaxis()
-    left.set(xlabel="share of samples (%)", xlim=(0, 1.45 * max(100 * max(found.shares.values()), 1)))
-    left.set_title(f"{len(found.labels):,} samples")
+    # room for the numbers behind the longest bar
+    left.set(xlabel="share of samples (%)", xlim=(0, 180 * max(*found.shares.values(), 0.01)))
+    left.set_xticks([tick for tick in left.get_xticks() if tick <= 100])
+    left.set_title(_counted(len(found.labels), "sample" if result.groups is None else "group"))
     marker = "o" if len(found.curves.windows) <= MARKED else ""
     for name, curve in found.mean_curves().items():
         if found.counts[name] and name != "negligible":
             right.plot(found.curves.midpoints, 100 * curve, marker=marker, color=PATTERN_COLOURS[name], label=name)
+    right.set_xlim(found.curves.windows[0].start, found.curves.windows[-1].stop)
     right.set(xlabel="step", ylabel="share of a sample's |influence| (%)", ylim=(0, None))
     right.set_title("When it matters, on average")
     right.grid(alpha=0.3)
@@ -123,7 +136,10 @@ def stages(result: Influence, kind: str = "kendall", query: int | str = 0, *, k:
         kind, f"Jaccard of top {found.k}"
     )
     figure.colorbar(image, ax=axes, label=label, shrink=0.8)
-    axes.set_title(f"Scores of two windows alike?\n{found.num_samples:,} samples, {result.queries[result.query_index(query)]}")
+    unit = "sample" if result.groups is None else "group"
+    left_out = f", {found.num_left_out:,} left out that are 0 everywhere" if found.num_left_out else ""
+    name = result.queries[result.query_index(query)]
+    axes.set_title(f"Scores of {name}, window against window\n{_counted(found.num_samples, unit)}{left_out}", fontsize=11)
     return figure
 
 
@@ -159,7 +175,7 @@ def agreement(pairs: Mapping[str, tuple[Any, Any]]) -> Figure:
 
 
 def _chosen(found: Curves, k: int, sample_ids: Any) -> tuple[list[int], list[int]]:
-    """The ids shown as helpful and as harmful, the largest of each first; 0 is neither."""
+    """The ids shown as helpful and as harmful, the largest of each first; a sum of 0 is neither, but shown if asked for."""
     last = found.values[-1] if found.cumulative else found.values.sum(0)
     places = np.arange(len(last))
     if sample_ids is not None:
@@ -168,6 +184,12 @@ def _chosen(found: Curves, k: int, sample_ids: Any) -> tuple[list[int], list[int
             found.of(j)
         places = np.flatnonzero(np.isin(found.sample_ids, wanted))
         k = len(places)
-    order = places[np.argsort(-last[places], kind="stable")]
-    helpful, harmful = [j for j in order if last[j] > 0][:k], [j for j in order[::-1] if last[j] < 0][:k]
-    return [int(found.sample_ids[j]) for j in helpful], [int(found.sample_ids[j]) for j in harmful]
+    is_helpful = last[places] >= 0 if sample_ids is not None else last[places] > 0
+    helpful, harmful = places[is_helpful], places[last[places] < 0]
+    helpful = helpful[np.argsort(-last[helpful], kind="stable")][:k]
+    harmful = harmful[np.argsort(last[harmful], kind="stable")][:k]
+    return found.sample_ids[helpful].tolist(), found.sample_ids[harmful].tolist()
+
+
+def _counted(count: int, unit: str) -> str:
+    return f"{count:,} {unit}{'s' * (count != 1)}"

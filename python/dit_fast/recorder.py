@@ -284,10 +284,10 @@ class Recorder:
             recording.check(step)
         elif self._ranks.writes:
             self._recording = Recording(
-                self.path, self._source(), self._chunk_bytes, self._queue_chunks, self._point, self._marks
+                self.path, self._source(has_closure), self._chunk_bytes, self._queue_chunks, self._point, self._marks
             )
         else:
-            self._recording = Watch(self._source())
+            self._recording = Watch(self._source(has_closure))
         return _Part(self._pending, tuple(self._passes.rng), optimizers.group_settings(self._optimizer, self._rules), absent)
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -376,11 +376,12 @@ class Recorder:
         except OSError as error:
             raise LogError(f"cannot write the log at {self.path}: {error.strerror or error}") from error
 
-    def _source(self) -> Source:
+    def _source(self, passes_follow: bool = False) -> Source:
+        has_dropout = bool(self._passes.rng) or (passes_follow and modules.has_active_dropout(self._model))
         groups = {name: self._held[p] for name, p in self._params.items()}
         return Source(
             self._model, self._params, groups, self._optimizer, self._rules, self._reduction, self._num_samples,
-            self._clip, self._every or 1, self._log_dtype, bool(self._passes.rng), self._batches.layout, self._budget(),
+            self._clip, self._every or 1, self._log_dtype, has_dropout, self._batches.layout, self._budget(),
         )  # fmt: skip
 
     def _budget(self) -> DiskBudget | None:
