@@ -25,7 +25,7 @@ console = Console(highlight=False)
 
 
 def verify(
-    log: Annotated[Path, typer.Argument(help="The directory a Recorder wrote to.", show_default=False)],
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="The directory a Recorder wrote to.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help=JSON)] = False,
 ) -> None:
     """Read a whole log and check every chunk: checksums, shapes, finite parameters. Status 2 where it is damaged."""
@@ -100,7 +100,9 @@ def explain(
 
 
 def estimate(
-    log: Annotated[Path | None, typer.Argument(help="The log of a run; without it, the log of a run to come.")] = None,
+    log: Annotated[
+        Path | None, typer.Argument(metavar="LOG", help="The log of a run; without it, the log of a run to come.")
+    ] = None,
     problem: Annotated[str | None, typer.Option(help=PROBLEM, show_default=False)] = None,
     query: Annotated[str, typer.Option(help=QUERY)] = arguments.TRAINING_LOSS,
     windows: Annotated[str | None, typer.Option(help=WINDOWS, show_default=False)] = None,

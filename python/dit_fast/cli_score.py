@@ -17,7 +17,7 @@ OVERWRITE = "Replace files that exist."
 
 
 def score(
-    log: Annotated[Path, typer.Argument(help="The directory a Recorder wrote to.", show_default=False)],
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="The directory a Recorder wrote to.", show_default=False)],
     problem: Annotated[str, typer.Option(help=PROBLEM, show_default=False)],
     query: Annotated[str, typer.Option(help=QUERY, show_default=False)],
     windows: Annotated[str | None, typer.Option(help=WINDOWS, show_default=False)] = None,
@@ -83,7 +83,7 @@ def score(
 def compare(
     first: Annotated[Path, typer.Argument(metavar="SCORES", help=SCORES, show_default=False)],
     second: Annotated[
-        Path | None, typer.Argument(metavar="[TRUTH]", help="Scores to compare with, of the same windows.", show_default=False)
+        Path | None, typer.Argument(metavar="TRUTH", help="Scores to compare with, of the same windows.", show_default=False)
     ] = None,
     retrain: Annotated[int | None, typer.Option(help="In place of TRUTH: retrain without each of k samples.")] = None,
     log: Annotated[Path | None, typer.Option(help="With --retrain: the log.", show_default=False)] = None,
@@ -132,7 +132,7 @@ def compare(
 
 
 def report(
-    scores: Annotated[Path, typer.Argument(help=SCORES, show_default=False)],
+    scores: Annotated[Path, typer.Argument(metavar="SCORES", help=SCORES, show_default=False)],
     out: Annotated[Path | None, typer.Option(help="Where the page goes; SCORES with .html where not given.")] = None,
     problem: Annotated[str | None, typer.Option(help="For samples and labels, and with --log for losses: " + PROBLEM)] = None,
     log: Annotated[Path | None, typer.Option(help="For the run's losses.", show_default=False)] = None,
