@@ -84,12 +84,20 @@ ALLOWED = {
         "analysis data errors estimate log_size ops optimizers problem queries recorder reference result retrain score "
         "trajectory"
     ),
+    "sample_views": "problem",
+    "report_data": "analysis byte_sizes result trajectory",
+    "report": "problem queries report_data result sample_views trajectory",
+    "explain": "linearize modules optimizers plan problem replay retrain score trajectory",
     "integrations.__init__": "",
     "integrations.transformers": "errors recorder",
     "integrations.lightning": "errors recorder",
     "plots": "correlation curves detection patterns result",
-    "demo": "__init__ analysis",
-    "cli": "errors",
+    "demo": "__init__ analysis report",
+    "cli_arguments": "data problem queries result trajectory",
+    "cli_log": "byte_sizes cli_arguments",
+    "cli_score": "cli_arguments cli_log",
+    "cli_bench": "cli_arguments cli_log data problem queries recorder retrain score trajectory",
+    "cli": "cli_arguments cli_bench cli_log cli_score errors",
     "__main__": "cli",
 }
 # imports inside functions or for type checkers alone, which keep matplotlib, torch or a cycle out of `import dit_fast`
@@ -98,6 +106,8 @@ LAZY = {
     "score": "estimate",
     "demo": "plots",
     "cli": "__init__ demo log",
+    "cli_log": "estimate explain log_size",
+    "cli_score": "analysis report result retrain score",
 }
 # the slow truth shares no code with what it judges
 NOT_IN_REFERENCE = (

@@ -19,6 +19,7 @@ class Arrays:
     """A source held in memory, complete and checked."""
 
     path: None = None
+    complete = True
 
     def __init__(self, header: Header, params: dict[str, Tensor], steps: list[Step], marks: dict[str, int]) -> None:
         self.header, self.marks = header, marks

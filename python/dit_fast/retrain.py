@@ -158,6 +158,12 @@ def choose_backend(ev: Evaluator, backend: str, mapper: "_Mapper") -> tuple[Nati
     return compiled, f"compiled: {compiled.recognized.description}; agrees with the generic path on the first batch"
 
 
+def chosen_backend(ev: Evaluator) -> tuple[str, str]:
+    """The backend that "auto" means for this problem, and why; nothing is retrained."""
+    compiled, why = choose_backend(ev, "auto", _Mapper(ev.trajectory.rng is None and not _convolves_much(ev)))
+    return "native" if compiled else "generic", why
+
+
 def _generic(
     ev: Evaluator,
     replay: Replay,
