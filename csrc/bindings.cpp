@@ -9,12 +9,18 @@
 #include <vector>
 
 #include "cpu/gemm.h"
+#include "cpu/mlp_team.h"
 #include "grad_dot.h"
 #include "lowrank_update.h"
 #include "mlp_gradient.h"
 #include "mlp_retrain.h"
+#include "mlp_rows.h"
 #include "mlp_sweep.h"
 #include "update_dot.h"
+
+#ifdef DIT_FAST_CUDA
+#include "cuda/mlp_team.h"
+#endif
 
 namespace py = pybind11;
 
@@ -157,6 +163,88 @@ dit_fast::MlpRetrain<Real> retrain_args(dit_fast::MlpSweep<Real> run, const std:
   return {run, pointer<const Index>(models[0]), pointer<const Index>(models[1]), pointer<const Index>(models[2])};
 }
 
+// The net of a call as teams take it: group size, largest batch and bytes of memory are the last three numbers.
+using TeamSizes = std::array<Index, 3>;
+
+template <class Real>
+dit_fast::team::Net<Real> team_net(dit_fast::team::Task task, const dit_fast::MlpSweep<Real>& args,
+                                   const TeamSizes& sizes, bool momentum) {
+  return dit_fast::team::plan(task, args, sizes[1], sizes[0], momentum, sizes[2]);
+}
+
+// Bytes that a team needs for the smallest group, or those of the given sizes; −1 where the net is too deep.
+Index team_bytes(bool twice, bool retrain, const std::vector<LayerSpec>& layers, const Kinds& kinds, double l2,
+                 bool momentum, const TeamSizes& sizes) {
+  const auto task = retrain ? dit_fast::team::Task::retrain : dit_fast::team::Task::sweep;
+  const auto bytes = [&](auto zero) {
+    return team_net(task, mlp_args<decltype(zero)>(layers, kinds, 1, l2, {}, {}, {}, {}, {}), sizes, momentum)
+        .num_bytes;
+  };
+  return twice ? bytes(0.0) : bytes(0.0f);
+}
+
+bool has_any(const std::vector<Address>& blocks) {
+  for (const Address block : blocks)
+    if (block) return true;
+  return false;
+}
+
+// joins, leaves, the step that is not finite; blocks subtracted from the columns that leave
+using Visits = std::pair<std::array<Address, 3>, std::vector<Address>>;
+
+template <class Real>
+dit_fast::team::Sweep<Real> team_sweep_args(dit_fast::MlpSweep<Real> args, const TeamSizes& sizes,
+                                            const std::vector<Address>& u, const std::vector<Address>& m,
+                                            const Table& scores, const Visits& visits) {
+  for (const Address block : u) args.u.push_back(pointer<Real>(block));
+  for (const Address block : m) args.m.push_back(pointer<Real>(block));
+  args.m.resize(args.u.size());
+  dit_fast::team::Sweep<Real> sweep{run_of(team_net(dit_fast::team::Task::sweep, args, sizes, has_any(m)), args),
+                                    pointer<double>(scores.first),
+                                    scores.second,
+                                    pointer<const Index>(visits.first[0]),
+                                    pointer<const Index>(visits.first[1]),
+                                    {},
+                                    pointer<Index>(visits.first[2])};
+  for (std::size_t p = 0; p < visits.second.size(); ++p) sweep.left[p] = pointer<const Real>(visits.second[p]);
+  return sweep;
+}
+
+template <class Real>
+dit_fast::team::Retrain<Real> team_retrain_args(const dit_fast::MlpRetrain<Real>& args, const TeamSizes& sizes,
+                                                bool momentum) {
+  return {run_of(team_net(dit_fast::team::Task::retrain, args.run, sizes, momentum), args.run), args.joins,
+          args.removed_offsets, args.removed_models};
+}
+
+// coefficients, targets, z, first, second, probabilities, top, delta, g, dots
+template <class Real>
+dit_fast::MlpRows<Real> mlp_rows_args(const std::array<Index, 3>& sizes, const std::pair<int, double>& activation,
+                                      const std::pair<int, double>& loss, bool weighted,
+                                      const std::array<Address, 10>& operands) {
+  const auto kind = static_cast<dit_fast::Loss>(loss.first);
+  const bool labelled = kind == dit_fast::Loss::cross_entropy;
+  return {sizes[0],
+          sizes[1],
+          sizes[2],
+          static_cast<dit_fast::Activation>(activation.first),
+          activation.second,
+          kind,
+          loss.second,
+          weighted,
+          pointer<const double>(operands[0]),
+          labelled ? nullptr : pointer<const Real>(operands[1]),
+          labelled ? pointer<const Index>(operands[1]) : nullptr,
+          pointer<Real>(operands[2]),
+          pointer<Real>(operands[3]),
+          pointer<Real>(operands[4]),
+          pointer<Real>(operands[5]),
+          pointer<Real>(operands[6]),
+          pointer<Real>(operands[7]),
+          pointer<Real>(operands[8]),
+          pointer<double>(operands[9])};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -242,6 +330,53 @@ PYBIND11_MODULE(_C, m) {
             pointer<double>(changes), threads);
       },
       Free());
+  m.def(
+      "mlp_rows_cpu",
+      [](bool twice, int piece, const std::array<Index, 3>& sizes, const std::pair<int, double>& activation,
+         const std::pair<int, double>& loss, bool weighted, const std::array<Address, 10>& operands) {
+        if (twice)
+          return cpu::mlp_rows(static_cast<dit_fast::Piece>(piece),
+                               mlp_rows_args<double>(sizes, activation, loss, weighted, operands));
+        cpu::mlp_rows(static_cast<dit_fast::Piece>(piece),
+                      mlp_rows_args<float>(sizes, activation, loss, weighted, operands));
+      },
+      Free());
+  m.def("team_bytes", &team_bytes);
+  m.def(
+      "mlp_sweep_team_cpu",
+      [](bool twice, const std::vector<LayerSpec>& layers, const Kinds& kinds, double scale, double l2,
+         const std::array<Index, 3>& sizes, const Table& theta, const Table& x, Address targets,
+         const std::array<Address, 5>& log, const std::vector<Address>& u, const std::vector<Address>& m,
+         const Table& scores, const TeamSizes& team, const Visits& visits, int team_size) {
+        if (twice)
+          return cpu::team_sweep(
+              team_sweep_args(mlp_args<double>(layers, kinds, scale, l2, sizes, theta, x, targets, log), team, u, m,
+                              scores, visits),
+              team_size);
+        cpu::team_sweep(team_sweep_args(mlp_args<float>(layers, kinds, scale, l2, sizes, theta, x, targets, log), team,
+                                        u, m, scores, visits),
+                        team_size);
+      },
+      Free());
+  m.def(
+      "mlp_retrain_team_cpu",
+      [](bool twice, const std::vector<LayerSpec>& layers, const Kinds& kinds, double scale, double l2,
+         const std::array<Index, 3>& sizes, const Table& theta, const Table& x, Address targets,
+         const std::array<Address, 5>& log, const std::vector<Address>& d, const std::vector<Address>& m,
+         const Models& models, const TeamSizes& team, int team_size) {
+        if (twice)
+          return cpu::team_retrain(
+              team_retrain_args(
+                  retrain_args(mlp_args<double>(layers, kinds, scale, l2, sizes, theta, x, targets, log), d, m, models),
+                  team, has_any(m)),
+              team_size);
+        cpu::team_retrain(
+            team_retrain_args(
+                retrain_args(mlp_args<float>(layers, kinds, scale, l2, sizes, theta, x, targets, log), d, m, models),
+                team, has_any(m)),
+            team_size);
+      },
+      Free());
   m.def("use_blas", &cpu::use_blas, py::arg("allowed"));
   m.def("blas_name", &cpu::blas_name);
 
@@ -291,6 +426,59 @@ PYBIND11_MODULE(_C, m) {
                                   reinterpret_cast<void*>(stream));
         cuda::update_dot(update_dot_args<float>(K, alpha, coefficients, dots, layers), device,
                          reinterpret_cast<void*>(stream));
+      },
+      Free());
+  m.def(
+      "mlp_rows_cuda",
+      [](bool twice, int piece, const std::array<Index, 3>& sizes, const std::pair<int, double>& activation,
+         const std::pair<int, double>& loss, bool weighted, const std::array<Address, 10>& operands, int device,
+         Address stream) {
+        if (twice)
+          return cuda::mlp_rows(static_cast<dit_fast::Piece>(piece),
+                                mlp_rows_args<double>(sizes, activation, loss, weighted, operands), device,
+                                reinterpret_cast<void*>(stream));
+        cuda::mlp_rows(static_cast<dit_fast::Piece>(piece),
+                       mlp_rows_args<float>(sizes, activation, loss, weighted, operands), device,
+                       reinterpret_cast<void*>(stream));
+      },
+      Free());
+  m.def("device_limits", [](int device) {
+    const auto limits = cuda::device_limits(device);
+    return std::pair(limits.shared_memory, limits.processors);
+  });
+  m.def(
+      "mlp_sweep_team_cuda",
+      [](bool twice, const std::vector<LayerSpec>& layers, const Kinds& kinds, double scale, double l2,
+         const std::array<Index, 3>& sizes, const Table& theta, const Table& x, Address targets,
+         const std::array<Address, 5>& log, const std::vector<Address>& u, const std::vector<Address>& m,
+         const Table& scores, const TeamSizes& team, const Visits& visits, int device, Address stream) {
+        if (twice)
+          return cuda::team_sweep(
+              team_sweep_args(mlp_args<double>(layers, kinds, scale, l2, sizes, theta, x, targets, log), team, u, m,
+                              scores, visits),
+              device, reinterpret_cast<void*>(stream));
+        cuda::team_sweep(team_sweep_args(mlp_args<float>(layers, kinds, scale, l2, sizes, theta, x, targets, log), team,
+                                         u, m, scores, visits),
+                         device, reinterpret_cast<void*>(stream));
+      },
+      Free());
+  m.def(
+      "mlp_retrain_team_cuda",
+      [](bool twice, const std::vector<LayerSpec>& layers, const Kinds& kinds, double scale, double l2,
+         const std::array<Index, 3>& sizes, const Table& theta, const Table& x, Address targets,
+         const std::array<Address, 5>& log, const std::vector<Address>& d, const std::vector<Address>& m,
+         const Models& models, const TeamSizes& team, int device, Address stream) {
+        if (twice)
+          return cuda::team_retrain(
+              team_retrain_args(
+                  retrain_args(mlp_args<double>(layers, kinds, scale, l2, sizes, theta, x, targets, log), d, m, models),
+                  team, has_any(m)),
+              device, reinterpret_cast<void*>(stream));
+        cuda::team_retrain(
+            team_retrain_args(
+                retrain_args(mlp_args<float>(layers, kinds, scale, l2, sizes, theta, x, targets, log), d, m, models),
+                team, has_any(m)),
+            device, reinterpret_cast<void*>(stream));
       },
       Free());
 #else

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,21 @@ def device(request: pytest.FixtureRequest) -> str:
         if reason:
             pytest.skip(f"CUDA NOT TESTED: {reason}")
     return request.param
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(*arguments) → (exit status, stdout, stderr) of `dit-fast`."""
+
+    from dit_fast import cli
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dit-fast", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return (ended.value.code or 0, *capsys.readouterr())
+
+    return call
 
 
 def cuda_missing() -> str:

@@ -1,6 +1,8 @@
 """The demo: what it prints is what it found, and the files it leaves can be read."""
 
 import io
+import json
+import re
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from conftest import data_file
 from dit_fast import Influence, Trajectory, analysis, cli, demo
 
 ROOT = Path(__file__).parents[1]
-FILES = {"log", "scores.safetensors", "detection.png", "agreement.png", "heatmap.png"}
+FILES = {"log", "scores.safetensors", "detection.png", "agreement.png", "heatmap.png", "report.html"}
 
 
 @dataclass
@@ -110,6 +112,16 @@ def test_log_and_scores_can_be_read(digits):
     assert result.meta["log"] == trajectory.digest
     epochs, whole = result.scores[:10, 0].sum(0), result.scores[10, 0]
     torch.testing.assert_close(epochs, whole, rtol=0, atol=1e-5 * float(result.scores.abs().max()))
+
+
+def test_the_report_comes_last_and_knows_the_flipped_labels(digits):
+    assert digits.report.files[-1][0] == digits.folder / "report.html"
+    assert digits.printed.rstrip().splitlines()[-1].startswith(str(digits.folder / "report.html"))
+    page = (digits.folder / "report.html").read_text("utf-8")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    whole = data["detection"]["rows"][-1]
+    assert whole["found"] == pytest.approx(dict(digits.report.detection)["DIT, whole run"], abs=1e-3)
+    assert data["pictures"] and data["losses"]["query"] and len(data["agreement"]) == 11
 
 
 @pytest.mark.parametrize("name", sorted(name for name in FILES if name.endswith(".png")))

@@ -27,6 +27,8 @@ ALLOWED = {
     "lowrank": "",
     "ops": "_C lowrank mlp",
     "ops_torch": "lowrank mlp",
+    "mlp_team": "mlp ops",
+    "mlp_gemm": "mlp ops",
     "modules": "errors",
     # the log
     "ranks": "errors",
@@ -77,20 +79,20 @@ ALLOWED = {
     "fused": "errors factor_products factor_run plan sweep",
     "gram": "byte_sizes errors factor_products factor_run factored fused plan sweep trajectory",
     "logged": (
-        "factor_products factor_run fused gram linearize numerics plan problem progress queries replay result sweep "
-        "trajectory"
+        "factor_products factor_run fused gram linearize numerics plan problem progress queries replay result sweep trajectory"
     ),
     "recognize": "mlp problem",
-    "native": "data errors linearize log mlp ops optimizers plan problem queries recognize sweep",
+    "native": "data errors linearize log mlp mlp_gemm mlp_team ops optimizers plan problem queries recognize sweep",
+    "native_team": "errors linearize mlp_team native plan problem sweep",
     "factors": "linearize ops problem sweep",
-    "native_retrain": "mlp native ops problem queries recognize",
+    "native_retrain": "mlp mlp_team native ops problem queries recognize",
     "duals": "",
     "layers": "duals problem recognize",
     "layerwise": "data duals layers linearize problem recognize sweep",
     "retrain": "byte_sizes data guard native native_retrain plan problem progress queries recognize replay result trajectory",
     "score": (
-        "factors guard layerwise linearize logged native plan problem progress queries recognize replay result retrain "
-        "sweep trajectory"
+        "factors guard layerwise linearize logged native native_team plan problem progress queries recognize replay "
+        "result retrain sweep trajectory"
     ),
     "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
     "reference": "data problem progress queries result trajectory",
@@ -107,12 +109,20 @@ ALLOWED = {
         "analysis data errors estimate factor_options log_size ops optimizers problem queries recorder reference result "
         "retrain score trajectory"
     ),
+    "sample_views": "problem",
+    "report_data": "analysis byte_sizes result trajectory",
+    "report": "problem queries report_data result sample_views trajectory",
+    "explain": "linearize modules optimizers plan problem replay retrain score trajectory",
     "integrations.__init__": "",
     "integrations.transformers": "errors recorder",
     "integrations.lightning": "errors recorder",
     "plots": "correlation curves detection patterns result",
-    "demo": "__init__ analysis",
-    "cli": "errors",
+    "demo": "__init__ analysis report",
+    "cli_arguments": "data problem queries result trajectory",
+    "cli_log": "byte_sizes cli_arguments",
+    "cli_score": "cli_arguments cli_log",
+    "cli_bench": "cli_arguments cli_log data problem queries recorder retrain score trajectory",
+    "cli": "cli_arguments cli_bench cli_log cli_score errors",
     "__main__": "cli",
 }
 # imports inside functions or for type checkers alone, which keep matplotlib, torch or a cycle out of `import dit_fast`
@@ -122,11 +132,13 @@ LAZY = {
     "score": "estimate",
     "demo": "plots",
     "cli": "__init__ demo log",
+    "cli_log": "estimate explain log_size",
+    "cli_score": "analysis report result retrain score",
 }
 # the slow truth shares no code with what it judges
 NOT_IN_REFERENCE = (
     "ops optimizers score estimate sweep linearize layerwise native native_retrain recognize plan factors replay "
-    "retrain duals layers"
+    "retrain duals layers native_team mlp_team mlp_gemm"
 )
 
 

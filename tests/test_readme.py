@@ -95,10 +95,13 @@ def test_make_targets_exist():
 def test_commands_and_their_options_exist():
     group = typer.main.get_command(cli.app)
     commands = {name: {option for p in command.params for option in p.opts} for name, command in group.commands.items()}
-    assert code(r"dit-fast ([a-z]+)") == {"info", "demo"} <= set(commands)
-    options = code(r"(?<![\w-])--[a-z]+")
-    assert options >= {"--json", "--data"}
-    assert options <= set().union(*commands.values())
+    assert code(r"dit-fast ([a-z]+)") == set(commands)
+    options = code(r"(?<![\w-])--[a-z][a-z-]*")
+    assert options >= {"--json", "--data", "--windows", "--image-shape"}
+    assert options <= set().union(*commands.values(), {"--help"})
+    for line in filter(None, (line.split("#")[0] for text in blocks("sh") for line in text.splitlines())):
+        if line.startswith("dit-fast "):
+            assert set(re.findall(r"--[a-z-]+", line)) <= commands[line.split()[1]], line
 
 
 def test_extras_and_build_options_exist():

@@ -213,14 +213,8 @@ template <class Real>
 }
 
 template <class Real>
-[[gnu::always_inline]] inline void momentum_loop(Index n, const MomentumRule<Real>& rule, Real* u, Real* m, Real* c) {
-  const Real of_buffer = rule.nesterov ? rule.momentum : 1, of_rate = rule.nesterov ? 1 : 0;
-  for (Index i = 0; i < n; ++i) {
-    const Real r = -rule.rate * u[i], buffer = m[i] + of_buffer * r;
-    c[i] = rule.damped * buffer + of_rate * r;
-    m[i] = rule.momentum * buffer;
-    u[i] += rule.decay * c[i];
-  }
+[[gnu::always_inline]] inline void momentum_loop(Index n, const SgdRule<Real>& rule, Real* u, Real* m, Real* c) {
+  for (Index i = 0; i < n; ++i) c[i] = adjoint_step(rule, u[i], m[i]);
 }
 
 template <class Real>
@@ -264,7 +258,7 @@ template <class Real>
   DIT_FAST_CLONES void row_dots_clones(Index B, Index K, Index O, const Real* row, const Real* z, double* dots) {     \
     row_dots_loop(B, K, O, row, z, dots);                                                                             \
   }                                                                                                                   \
-  DIT_FAST_CLONES void momentum_clones(Index n, const MomentumRule<Real>& rule, Real* u, Real* m, Real* c) {          \
+  DIT_FAST_CLONES void momentum_clones(Index n, const SgdRule<Real>& rule, Real* u, Real* m, Real* c) {               \
     momentum_loop(n, rule, u, m, c);                                                                                  \
   }                                                                                                                   \
   DIT_FAST_CLONES void add_clones(Index n, Real scale, const Real* x, Real* y) {                                      \
@@ -330,7 +324,7 @@ void add_row_dots(Index B, Index K, Index O, const Real* row, const Real* z, dou
 }
 
 template <class Real>
-void apply_momentum(Index n, const MomentumRule<Real>& rule, Real* u, Real* m, Real* c) {
+void apply_momentum(Index n, const SgdRule<Real>& rule, Real* u, Real* m, Real* c) {
   momentum_clones(n, rule, u, m, c);
 }
 
@@ -345,7 +339,7 @@ void apply_momentum(Index n, const MomentumRule<Real>& rule, Real* u, Real* m, R
   template double inner(Index, const Real*, const Real*);                                           \
   template void accumulate_products(Index, Index, Index, const Real*, Index, const Real*, double*); \
   template void add_row_dots(Index, Index, Index, const Real*, const Real*, double*);               \
-  template void apply_momentum(Index, const MomentumRule<Real>&, Real*, Real*, Real*);
+  template void apply_momentum(Index, const SgdRule<Real>&, Real*, Real*, Real*);
 
 DIT_FAST_INSTANTIATE(float)
 DIT_FAST_INSTANTIATE(double)

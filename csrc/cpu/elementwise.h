@@ -3,6 +3,7 @@
 #pragma once
 
 #include "activation.h"
+#include "sgd_rule.h"
 
 namespace dit_fast::cpu {
 
@@ -53,14 +54,8 @@ void accumulate_products(Index I, Index K, Index O, const Real* u, Index stride,
 template <class Real>
 void add_row_dots(Index B, Index K, Index O, const Real* row, const Real* z, double* dots);
 
-// The optimizer's rule for n elements with momentum: c, and the changes of m and of u (decay · c); csrc/mlp_sweep.h.
+// The optimizer's adjoint rule for n elements with momentum: c, and the changes of m and of u (decay · c).
 template <class Real>
-struct MomentumRule {
-  Real rate, momentum, damped, decay;
-  bool nesterov;
-};
-
-template <class Real>
-void apply_momentum(Index n, const MomentumRule<Real>& rule, Real* u, Real* m, Real* c);
+void apply_momentum(Index n, const SgdRule<Real>& rule, Real* u, Real* m, Real* c);
 
 }  // namespace dit_fast::cpu

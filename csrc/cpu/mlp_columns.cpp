@@ -104,9 +104,9 @@ typename Columns<Real>::Direction Columns<Real>::direction(std::size_t parameter
   const double decay = setting.weight_decay + ridge;
   if (setting.momentum == 0)
     return {u, static_cast<Real>(-setting.lr), static_cast<Real>(1 - setting.lr * decay), u, rows, row, stride, stride};
-  const MomentumRule<Real> rule{static_cast<Real>(setting.lr), static_cast<Real>(setting.momentum),
-                                static_cast<Real>(setting.first != 0 ? 1 : 1 - setting.dampening),
-                                static_cast<Real>(decay), setting.nesterov != 0};
+  const SgdRule<Real> rule{static_cast<Real>(setting.lr), static_cast<Real>(setting.momentum),
+                           static_cast<Real>(setting.first != 0 ? 1 : 1 - setting.dampening), static_cast<Real>(decay),
+                           setting.nesterov != 0};
   Real *m = args_.m[parameter] + offset, *c = c_[parameter];
   for (Index r = 0; r < rows; ++r) apply_momentum(row, rule, u + r * stride, m + r * stride, c + r * row);
   return {c, 1, 1, u, rows, row, row, stride};

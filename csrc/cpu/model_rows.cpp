@@ -192,15 +192,10 @@ template <class Real>
 [[gnu::always_inline]] inline void sgd_loop(Index n, const SgdRule<Real>& rule, const Real* g, Real* m,
                                             Real* __restrict d) {
   if (!m) {
-    for (Index i = 0; i < n; ++i) d[i] -= rule.rate * (g[i] + rule.decay * d[i]);
+    for (Index i = 0; i < n; ++i) sgd_step(rule, g[i], d[i]);
     return;
   }
-  const Real of_gradient = rule.nesterov ? 1 : 0, of_buffer = rule.nesterov ? rule.momentum : 1;
-  for (Index i = 0; i < n; ++i) {
-    const Real gradient = g[i] + rule.decay * d[i], buffer = rule.momentum * m[i] + rule.damped * gradient;
-    m[i] = buffer;
-    d[i] -= rule.rate * (of_gradient * gradient + of_buffer * buffer);
-  }
+  for (Index i = 0; i < n; ++i) momentum_step(rule, g[i], m[i], d[i]);
 }
 
 }  // namespace

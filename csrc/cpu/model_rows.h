@@ -3,6 +3,7 @@
 #pragma once
 
 #include "layer.h"
+#include "sgd_rule.h"
 
 namespace dit_fast::cpu {
 
@@ -39,13 +40,7 @@ void layer_backward(Index B, Index K, Index O, Index I, const Real* d, const Rea
 template <class Real>
 void layer_gradient(Index B, Index K, Index O, Index I, const Real* d, const Real* h, Real* g);
 
-// The optimizer's rule for n elements (csrc/mlp_retrain.h): g̃ = g + decay d; m is null where there is no momentum.
-template <class Real>
-struct SgdRule {
-  Real rate, momentum, damped, decay;
-  bool nesterov;
-};
-
+// The optimizer's rule for n elements (csrc/mlp_retrain.h); m is null where there is no momentum.
 template <class Real>
 void apply_sgd(Index n, const SgdRule<Real>& rule, const Real* g, Real* m, Real* d);
 

@@ -21,6 +21,7 @@ class Arrays:
     """A source held in memory, complete and checked."""
 
     path: None = None
+    complete = True
     factor_layout: None = None
 
     def __init__(self, header: Header, params: dict[str, Tensor], steps: list[Step], marks: dict[str, int]) -> None:

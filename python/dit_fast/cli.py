@@ -1,16 +1,17 @@
 """The command line, `dit-fast`."""
 
 import importlib.util
-import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from dit_fast import cli_arguments as arguments
+from dit_fast import cli_bench, cli_log, cli_score
 from dit_fast.errors import LogError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Which training samples made a model what it is, and when.",
+    epilog="Try it: dit-fast demo. Help of one command: dit-fast score --help. Status 2 and one line: what was asked is wrong.",
 )
 console = Console()
 
@@ -42,14 +45,14 @@ def options(
     """Which training samples made a model what it is, and when."""
 
 
-@app.command()
+@app.command(epilog="Example: dit-fast info --json")
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Say what was built and what is active: CPU, CUDA, BLAS, versions."""
     from dit_fast import build_info
 
     facts = build_info()
     if as_json:
-        typer.echo(json.dumps(facts))
+        arguments.print_json(facts)
         return
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
@@ -57,7 +60,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     console.print(table)
 
 
-@app.command()
+@app.command(epilog="Example: dit-fast demo --data mnist --out runs/demo")
 def demo(
     data: Annotated[
         str, typer.Option(help="digits (no download), or adult or mnist from the folder DIT_FAST_DATA.")
@@ -118,10 +121,43 @@ def _print_report(report: "DemoReport") -> None:
         console.print(f"{path}  ({what})", soft_wrap=True, highlight=False)
 
 
+for command, example in (
+    (cli_log.explain, "dit-fast explain --problem my_module:make_problem --log runs/mine"),
+    (cli_log.verify, "dit-fast verify runs/mine"),
+    (cli_log.estimate, "dit-fast estimate runs/mine --problem my_module:make_problem --windows epochs"),
+    (cli_score.score, "dit-fast score runs/mine --problem my_module:make_problem --query my_module:make_query"),
+    (cli_score.compare, "dit-fast compare scores.safetensors other.safetensors"),
+    (cli_score.report, "dit-fast report scores.safetensors --problem my_module:make_problem --log runs/mine"),
+    (cli_bench.bench, "dit-fast bench"),
+):
+    app.command(epilog=f"Example: {example}")(command)
+
+
 def main() -> None:
     """Run the command line; a user's error is one line on stderr and exit status 2."""
     try:
-        app()
-    except (ValueError, TypeError, OSError, LogError, UnsupportedError) as error:
-        print(f"dit-fast: {error}", file=sys.stderr)
+        status = app(prog_name="dit-fast", standalone_mode=False)
+    except (ValueError, TypeError, OSError, LogError, UnsupportedError, ImportError) as error:
+        _refuse(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        print("dit-fast: stopped", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        _refuse_usage(error)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _refuse(reason: str) -> NoReturn:
+    print(f"dit-fast: {' '.join(reason.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _refuse_usage(error: Any) -> NoReturn:
+    """What the parser raises, whose classes typer takes from click or from a copy of its own."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
         sys.exit(2)
+    context = getattr(error, "ctx", None)
+    _refuse(f"{error.format_message()}{f' ({context.command_path} --help)' if context else ''}")

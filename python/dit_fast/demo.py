@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import dit_fast
-from dit_fast import analysis
+from dit_fast import analysis, report
 
 FLIPPED = 0.10
 INSPECTED = (0.10, 0.20)
@@ -35,6 +35,7 @@ class DemoData:
     epochs: int
     lr: float
     batch_size: int = 50
+    image_shape: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def load(name: str) -> DemoData:
         from sklearn.datasets import load_digits
 
         x, y = load_digits(return_X_y=True)
-        return _split(x / 16.0, y, num_train=1000, num_val=797, hidden=32, epochs=10, lr=0.2)
+        return _split(x / 16.0, y, num_train=1000, num_val=797, hidden=32, epochs=10, lr=0.2, image_shape=(8, 8))
     if name not in ("adult", "mnist"):
         raise ValueError(f"demo data {name!r} is not one of 'digits', 'adult', 'mnist'")
     folder = os.environ.get("DIT_FAST_DATA")
@@ -67,7 +68,9 @@ def load(name: str) -> DemoData:
     if name == "mnist":
         with np.load(Path(folder) / file) as arrays:
             x, y = arrays["x_train"][:6000], arrays["y_train"][:6000]
-        return _split(x.reshape(len(x), -1) / 255.0, y, num_train=4000, num_val=2000, hidden=32, epochs=5, lr=0.2)
+        return _split(
+            x.reshape(len(x), -1) / 255.0, y, num_train=4000, num_val=2000, hidden=32, epochs=5, lr=0.2, image_shape=(28, 28)
+        )
     with gzip.open(Path(folder) / file, "rt", encoding="utf-8") as lines:
         table = np.array([[value.strip() for value in line.split(",")] for line in lines if line.strip()])
     x, y = _one_hot(table[:, :-1]), (table[:, -1] == ">50K").astype(int)
@@ -138,6 +141,19 @@ def _run(data_name: str, data: DemoData, folder: Path, seed: int, say: Callable[
     found = [(name, [analysis.found_fraction(r, corrupted, i) for i in INSPECTED]) for name, r in rankings.items()]
     found.append(("random (expected)", list(INSPECTED)))
     agreement = {name: analysis.agreement(*pair) for name, pair in pairs.items()}
+    files = _save_plots(folder, result, rankings, corrupted, pairs)
+    page = report.write(
+        result,
+        folder / "report.html",
+        trajectory=trajectory,
+        problem=problem,
+        asked=query,
+        corrupted=corrupted,
+        retrained=truth,
+        image_shape=data.image_shape,
+        title=f"Which samples made this net: {data_name}",
+    )
+    files.append((page, "the report: open it in a browser"))
     steps = trajectory.num_steps
     return DemoReport(
         settings={
@@ -155,15 +171,25 @@ def _run(data_name: str, data: DemoData, folder: Path, seed: int, say: Callable[
             (f"scores, {len(windows)} windows × {len(y)} samples", score_seconds, _times(score_seconds, plain_seconds)),
             (f"true retraining of {COMPARED} samples", truth.meta["seconds"], _times(truth.meta["seconds"], plain_seconds)),
         ],
-        files=_save_plots(folder, result, rankings, corrupted, pairs),
+        files=files,
     )
 
 
-def _split(x: Any, y: Any, num_train: int, num_val: int, hidden: int, epochs: int, lr: float) -> DemoData:
+def _split(
+    x: Any,
+    y: Any,
+    num_train: int,
+    num_val: int,
+    hidden: int,
+    epochs: int,
+    lr: float,
+    image_shape: tuple[int, int] | None = None,
+) -> DemoData:
     order = np.random.default_rng(0).permutation(len(x))[: num_train + num_val]
     x, y = torch.tensor(np.asarray(x)[order], dtype=torch.float32), torch.tensor(np.asarray(y)[order], dtype=torch.int64)
     return DemoData(
-        x[:num_train], y[:num_train], x[num_train:], y[num_train:], int(y.max()) + 1, hidden=hidden, epochs=epochs, lr=lr
+        x[:num_train], y[:num_train], x[num_train:], y[num_train:], int(y.max()) + 1, hidden=hidden, epochs=epochs, lr=lr,
+        image_shape=image_shape,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Feed-forward nets and their logged steps as the compiled ops take them, and the checks of both."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Mlp:
 
 @dataclass(frozen=True)
 class MlpSteps:
-    """n consecutive steps of a log, all CPU tensors; floating ones of one dtype, `coefficients` and `settings` float64.
+    """n consecutive steps of a log, all on one device; floating ones of one dtype, `coefficients` and `settings` float64.
 
     theta [n, P]: flat parameters before each step. x [M, I] and targets (classes [M] int64 for cross_entropy, else [M, O]):
     the data. Step t used rows[offsets[t] : offsets[t+1]] of it, which are the samples `ids` with coefficients a; rows, ids,
@@ -57,7 +58,7 @@ class MlpSteps:
 
 @dataclass(frozen=True)
 class MlpModels:
-    """K counterfactual models: which join when, and what each lacks; int64 on the CPU.
+    """K counterfactual models: which join when, and what each lacks; int64.
 
     joins [K], rising: the step of `MlpSteps` from which a model differs, 0 or less for one that does already. The models
     removed[offsets[i] : offsets[i+1]] lack sample i, each named once; offsets [N+1] for ids below N.
@@ -66,6 +67,9 @@ class MlpModels:
     joins: Tensor
     offsets: Tensor
     removed: Tensor
+
+
+Record = TypeVar("Record", MlpSteps, MlpModels)
 
 
 def mlp_models(joins: Sequence[int], removed: Sequence[Tensor], num_samples: int) -> MlpModels:
@@ -79,11 +83,18 @@ def mlp_models(joins: Sequence[int], removed: Sequence[Tensor], num_samples: int
     return MlpModels(torch.tensor(joins, dtype=torch.int64), offsets, models)
 
 
-def mlp_block(num_columns: int, shape: Sequence[int], dtype: torch.dtype, first: bool) -> Tensor:
+def on_device(record: Record, device: torch.device) -> Record:
+    """Steps or models with all their tensors on a device."""
+    return replace(record, **{name: value.to(device, non_blocking=True) for name, value in vars(record).items()})
+
+
+def mlp_block(
+    num_columns: int, shape: Sequence[int], dtype: torch.dtype, first: bool, device: torch.device | None = None
+) -> Tensor:
     """A zero block [K, *shape] for a parameter of `MlpSweep` or `MlpRetrain`; `first`: that of the first layer's weight."""
     if first:
-        return torch.zeros(shape[1], num_columns, shape[0], dtype=dtype).permute(1, 2, 0)
-    return torch.zeros(num_columns, *shape, dtype=dtype)
+        return torch.zeros(shape[1], num_columns, shape[0], dtype=dtype, device=device).permute(1, 2, 0)
+    return torch.zeros(num_columns, *shape, dtype=dtype, device=device)
 
 
 def check_sweep(
@@ -91,7 +102,7 @@ def check_sweep(
 ) -> None:
     """What `ops.MlpSweep` refuses: TypeError or ValueError that names the argument."""
     K, N = scores.shape
-    _check_tensors(("scores", scores, torch.float64, (K, N)))
+    _check_tensors(steps.theta.device, ("scores", scores, torch.float64, (K, N)))
     _check_steps(net, steps, blocks, momenta, K, N)
 
 
@@ -101,6 +112,7 @@ def check_retrain(
     """The same for `ops.MlpRetrain`."""
     K, N, R = len(models.joins), len(models.offsets) - 1, len(models.removed)
     _check_tensors(
+        steps.theta.device,
         ("joins", models.joins, torch.int64, (K,)),
         ("removed", models.removed, torch.int64, (R,)),
         ("models.offsets", models.offsets, torch.int64, (N + 1,)),
@@ -117,9 +129,11 @@ def check_loss_changes(
     net: Mlp, theta: Tensor, x: Tensor, targets: Tensor, coefficients: Tensor, blocks: Sequence[Tensor | None], changes: Tensor
 ) -> None:
     """The same for `ops.mlp_loss_changes`."""
-    check_data(net, theta[None], x, targets, coefficients, torch.arange(len(x)))
+    check_data(net, theta[None], x, targets, coefficients, torch.arange(len(x), device=x.device))
     _check_tensors(
-        ("changes", changes, torch.float64, (len(changes),)), *_blocks(net, "blocks", blocks, len(changes), theta.dtype)
+        theta.device,
+        ("changes", changes, torch.float64, (len(changes),)),
+        *_blocks(net, "blocks", blocks, len(changes), theta.dtype),
     )
 
 
@@ -134,6 +148,7 @@ def _check_steps(
     n, B = len(steps.theta), len(steps.rows)
     check_data(net, steps.theta, steps.x, steps.targets, steps.coefficients, steps.rows)
     _check_tensors(
+        steps.theta.device,
         ("ids", steps.ids, torch.int64, (B,)),
         ("offsets", steps.offsets, torch.int64, (n + 1,)),
         ("settings", steps.settings, torch.float64, (n, 2 * len(net.layers), len(SETTINGS))),
@@ -156,6 +171,7 @@ def check_data(net: Mlp, theta: Tensor, x: Tensor, targets: Tensor, coefficients
         raise TypeError(f"theta must be float32 or float64, got {_short(wanted)}")
     labelled = net.loss == "cross_entropy"
     _check_tensors(
+        theta.device,
         ("theta", theta, wanted, (len(theta), theta.shape[1])),
         ("x", x, wanted, (M, net.layers[0].inputs)),
         ("targets", targets, torch.int64 if labelled else wanted, (M,) if labelled else (M, O)),
@@ -171,7 +187,7 @@ def check_data(net: Mlp, theta: Tensor, x: Tensor, targets: Tensor, coefficients
             raise ValueError(f"a layer's parameters end at {max(ends)}, beyond the row of {theta.shape[1]}")
 
 
-def _check_tensors(*wanted: tuple[str, Tensor, torch.dtype, tuple[int, ...]]) -> None:
+def _check_tensors(device: torch.device, *wanted: tuple[str, Tensor, torch.dtype, tuple[int, ...]]) -> None:
     for name, tensor, dtype, shape in wanted:
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
@@ -182,8 +198,9 @@ def _check_tensors(*wanted: tuple[str, Tensor, torch.dtype, tuple[int, ...]]) ->
         else:
             rows_alone = name in ("x", "theta", "scores") and tensor.shape[1] > 0 and tensor.stride(1) == 1
             fits = tensor.is_contiguous() or (rows_alone and tensor.stride(0) >= tensor.shape[1])
-        if tensor.device.type != "cpu" or not fits:
-            raise ValueError(f"{name} must be {'as mlp_block makes it' if name[-3:] == '[0]' else 'contiguous'} and on the CPU")
+        if tensor.device != device or not fits:
+            layout = "as mlp_block makes it" if name[-3:] == "[0]" else "contiguous"
+            raise ValueError(f"{name} must be {layout} and on {device}, as theta is")
 
 
 def _blocks(

@@ -1,14 +1,14 @@
 """The compiled whole-sweep path for feed-forward nets: many steps and all columns in one call of `ops.MlpSweep`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dit_fast import mlp, ops
+from dit_fast import mlp, mlp_gemm, mlp_team, ops
 from dit_fast.data import default_unpack
 from dit_fast.errors import LogError
 from dit_fast.linearize import Hessian, linearize
@@ -34,10 +34,27 @@ LINE = 8
 
 @dataclass(frozen=True)
 class Native:
-    """What was recognised: the net, and the data as rows [N, I] and targets where they fit in place."""
+    """What was recognised: the net, and the data as rows [N, I] and targets where they fit in place; the largest batch of
+    the log and whether the optimizer has momentum.
+
+    engine: "cpu" (`ops.MlpSweep`), "team" (`mlp_team`, small nets on a GPU) or "gemm" (`mlp_gemm`, the others there).
+    """
 
     recognized: Recognized
     data: tuple[Tensor, Tensor] | None
+    max_batch: int
+    momentum: bool
+    engine: str
+
+    def team(self, ev: Evaluator, num_columns: int, hessian: Hessian = "none", retrain: bool = False) -> mlp_team.Team:
+        """How the columns, or the models of retraining, are taken on a GPU; NotCompiled where not one fits its memory."""
+        options: dict[str, Any] = {"retrain": retrain, "hessian": hessian, "momentum": self.momentum, "l2": ev.l2}
+        if ev.device.type == "cuda":
+            options["memory"], options["processors"] = ops.device_limits(ev.device)
+        team = mlp_team.plan(self.recognized.net, ev.dtype, self.max_batch, num_columns, **options)
+        if team is None:
+            raise NotCompiled(f"{self.recognized.description} does not fit the shared memory of a block on {ev.device}")
+        return team
 
 
 def prepare(ev: Evaluator, hessian: Hessian) -> Native:
@@ -45,8 +62,18 @@ def prepare(ev: Evaluator, hessian: Hessian) -> Native:
     if hessian not in mlp.CURVATURES:
         raise NotCompiled(f"hessian={hessian!r} is not compiled")
     native, params, batch = read(ev)
+    if native.engine == "team":
+        try:
+            native.team(ev, 1, hessian)
+        except NotCompiled:
+            native = replace(native, engine="gemm")
     _compare(ev, native, params, batch, hessian)
     return native
+
+
+def uses_teams(ev: Evaluator) -> bool:
+    """Whether small nets are those of `mlp_team`, in one launch."""
+    return ev.device.type == "cuda"
 
 
 def read(ev: Evaluator) -> tuple[Native, Params, Batch]:
@@ -54,8 +81,10 @@ def read(ev: Evaluator) -> tuple[Native, Params, Batch]:
 
     NotCompiled where the device, the optimizer, the log or the net is none of those that are compiled.
     """
-    if ev.device.type != "cpu":
-        raise NotCompiled(f"it runs on the CPU, not on {ev.device}")
+    if ev.device.type not in ("cpu", "cuda"):
+        raise NotCompiled(f"it runs on the CPU and on CUDA, not on {ev.device}")
+    if ev.device.type == "cuda" and not ops.cuda_compiled():
+        raise NotCompiled("dit_fast was built without its CUDA part")
     rules = ev.trajectory.optimizer
     if not all(type(rule) is SGD for rule in rules):
         raise NotCompiled(f"{rules[0].kind} is not compiled")
@@ -72,7 +101,10 @@ def read(ev: Evaluator) -> tuple[Native, Params, Batch]:
     size = min(COMPARED_SAMPLES, step.micro_sizes[0])
     params, batch = ev.params(0), ev.batch(0, step.ids[:size], step.coefficients[:size])
     recognized = recognize(ev, params, batch)
-    return Native(recognized, _whole_data(ev, recognized)), params, batch
+    largest = max(sum(step.micro_sizes) for step in ev.trajectory.steps(0, ev.trajectory.num_steps))
+    momentum = any(getattr(rule, "momentum", 0) for rule in rules)
+    engine = "team" if uses_teams(ev) else "cpu"
+    return Native(recognized, _whole_data(ev, recognized), largest, momentum, engine), params, batch
 
 
 def sweep(
@@ -89,17 +121,17 @@ def sweep(
     Raises NotCompiled where data that is fetched on the way turns out to have targets of another kind.
     """
     capacity = _padded(native, len(columns), 2 * LINE)  # rows of the first layer's block then begin on cache lines
-    scores = torch.zeros(capacity, num_samples, dtype=torch.float64)
+    scores = torch.zeros(capacity, num_samples, dtype=torch.float64, device=ev.device)
     blocks = make_blocks(ev, native, capacity)
     momenta = None
-    if any(getattr(rule, "momentum", 0) for rule in ev.trajectory.optimizer):
+    if native.momentum:
         momenta = make_blocks(ev, native, capacity)
     views = {name: block.unbind(0) for name, block in blocks.items()}
     ends = sorted({t for column in columns for t in (column.start, column.stop) if t} | {0})
     t = columns[0].stop
     active, flops = 0, flops_per_column(ev, native)
     loaded = range(t, t)
-    engine: ops.MlpSweep | None = None
+    engine: ops.MlpSweep | mlp_gemm.GemmSweep | None = None
     while t > 0:
         if t == ends[-1]:
             ends.pop()
@@ -110,6 +142,8 @@ def sweep(
             engine = _engine(ev, native, hessian, loaded, blocks, momenta, scores)
         start = max(ends[-1], loaded.start, t - max(1, int(CALL_FLOPS / (flops * active))))
         bad = engine.run(start - loaded.start, t - loaded.start, _padded(native, active))
+        if isinstance(engine, mlp_gemm.GemmSweep) and start == loaded.start:  # once a slice: it waits for the GPU
+            bad = engine.bad_step()
         if bad is not None:
             bad += loaded.start
             raise LogError(f"step {bad}: a score is NaN or infinite; the sweep cannot pass this step (try dtype=torch.float64)")
@@ -135,11 +169,18 @@ def _join_and_leave(t: int, columns: Sequence[Column], views: dict[str, tuple[Te
 def query_gradients(
     ev: Evaluator, native: Native, asked: Sequence[Query], points: Sequence[int], generic: QueryGradients
 ) -> QueryGradients:
-    """q(t) for the points t: compiled, all at once, where the query is a loss over a set of samples; else `generic`.
+    """q(t) for the points t: compiled, all at once, where the query is a loss over a set of samples and the device the CPU;
+    else `generic`.
 
     One of the points is compared with the generic gradient: queries run in eval mode, of which the net was not read.
     """
-    if len(asked) != 1 or asked[0].batch is None or len(points) < 2 or len(points) * ev.num_parameters > SLICE_NUMBERS:
+    if (
+        native.engine != "cpu"
+        or len(asked) != 1
+        or asked[0].batch is None
+        or len(points) < 2
+        or len(points) * ev.num_parameters > SLICE_NUMBERS
+    ):
         return generic
     theta = torch.cat([ev.trajectory.rows(t, t + 1) for t in points]).to(ev.dtype)
     args, kwargs, target = ev.unpack(asked[0].batch)
@@ -174,7 +215,7 @@ def _padded(native: Native, num_columns: int, line: int = LINE) -> int:
 def make_blocks(ev: Evaluator, native: Native, num_columns: int) -> Params:
     """A zero block [K, *shape] for each parameter."""
     first = native.recognized.parameters[0]
-    return {name: mlp.mlp_block(num_columns, shape, ev.dtype, name == first) for name, shape in ev.shapes.items()}
+    return {name: mlp.mlp_block(num_columns, s, ev.dtype, name == first, ev.device) for name, s in ev.shapes.items()}
 
 
 def flops_per_column(ev: Evaluator, native: Native) -> float:
@@ -198,13 +239,14 @@ def _engine(
     blocks: Params,
     momenta: Params | None,
     scores: Tensor,
-) -> ops.MlpSweep:
+) -> ops.MlpSweep | mlp_gemm.GemmSweep:
     names = native.recognized.parameters
     own = [None if name is None else blocks[name] for name in names]
     own_momenta = None if momenta is None else [None if name is None else momenta[name] for name in names]
     steps = load_steps(ev, native, loaded)
     net = native.recognized.net
-    return ops.MlpSweep(net, steps, own, own_momenta, scores, l2=ev.l2, hessian=hessian)
+    op = mlp_gemm.GemmSweep if native.engine == "gemm" else ops.MlpSweep
+    return op(net, steps, own, own_momenta, scores, l2=ev.l2, hessian=hessian)
 
 
 def load_steps(ev: Evaluator, native: Native, loaded: range) -> mlp.MlpSteps:
@@ -228,7 +270,8 @@ def load_steps(ev: Evaluator, native: Native, loaded: range) -> mlp.MlpSteps:
         rows = torch.arange(len(ids))
     offsets = torch.from_numpy(np.cumsum([0, *(sum(step.micro_sizes) for step in logged)]))
     coefficients = torch.cat([step.coefficients for step in logged])
-    return mlp.MlpSteps(theta, x, targets, rows, ids, coefficients, offsets, _settings(ev, native, loaded, logged))
+    steps = mlp.MlpSteps(theta, x, targets, rows, ids, coefficients, offsets, _settings(ev, native, loaded, logged))
+    return mlp.on_device(steps, ev.device)
 
 
 def _settings(ev: Evaluator, native: Native, loaded: range, logged: list[Step]) -> Tensor:
@@ -268,13 +311,13 @@ def _whole_data(ev: Evaluator, recognized: Recognized) -> tuple[Tensor, Tensor] 
     if ev.problem.unpack is not default_unpack or not isinstance(tensors, tuple | list) or len(tensors) != 2:
         return None
     x, target = tensors
-    if not isinstance(x, Tensor) or not isinstance(target, Tensor) or x.device.type != "cpu" or target.device.type != "cpu":
+    if not isinstance(x, Tensor) or not isinstance(target, Tensor) or {x.device.type, target.device.type} - {"cpu", "cuda"}:
         return None
     in_place = x.dtype == ev.dtype and x.is_contiguous()
     if not x.is_floating_point() or not (in_place or x.numel() <= SLICE_NUMBERS):
         return None
     check_targets(ev, recognized, target)
-    return recognized.inputs(x.to(ev.dtype)), recognized.targets(target, ev.dtype)
+    return recognized.inputs(x.to(ev.device, ev.dtype)), recognized.targets(target.to(ev.device), ev.dtype)
 
 
 def one_step(ev: Evaluator, native: Native, params: Params, batch: Batch, lr: float) -> mlp.MlpSteps:
@@ -282,7 +325,7 @@ def one_step(ev: Evaluator, native: Native, params: Params, batch: Batch, lr: fl
     size, recognized = len(batch.ids), native.recognized
     settings = torch.zeros(1, len(recognized.parameters), len(mlp.SETTINGS), dtype=torch.float64)
     settings[..., 0] = lr
-    return mlp.MlpSteps(
+    steps = mlp.MlpSteps(
         torch.cat([value.flatten() for value in params.values()])[None],
         recognized.inputs(batch.args[0]),
         recognized.targets(batch.target, ev.dtype),
@@ -292,12 +335,13 @@ def one_step(ev: Evaluator, native: Native, params: Params, batch: Batch, lr: fl
         torch.tensor([0, size]),
         settings,
     )
+    return mlp.on_device(steps, ev.device)
 
 
 def _compare(ev: Evaluator, native: Native, params: Params, batch: Batch, hessian: Hessian) -> None:
     """NotCompiled where dots or Hessian products of a batch differ from those of the generic path."""
     generator = torch.Generator().manual_seed(0)
-    probe = {n: torch.randn(2, *v.shape, generator=generator, dtype=torch.float64).to(v.dtype) for n, v in params.items()}
+    probe = {n: torch.randn(2, *v.shape, generator=generator, dtype=torch.float64).to(v) for n, v in params.items()}
     dots, hvp = linearize(ev, params, batch, hessian)[1](probe)
     size, recognized = len(batch.ids), native.recognized
     # lr = −1 makes c = u, coefficients enter the scores as −a_b
@@ -305,9 +349,16 @@ def _compare(ev: Evaluator, native: Native, params: Params, batch: Batch, hessia
     blocks = make_blocks(ev, native, 2)
     for name, value in probe.items():
         blocks[name].copy_(value)
-    scores = torch.zeros(2, size, dtype=torch.float64)
+    scores = torch.zeros(2, size, dtype=torch.float64, device=ev.device)
     own = [None if name is None else blocks[name] for name in recognized.parameters]
-    ops.MlpSweep(recognized.net, steps, own, None, scores, l2=ev.l2, hessian=hessian).run(0, 1, 2)
+    if native.engine == "team":
+        joins = torch.ones(2, dtype=torch.int64, device=ev.device)
+        team = native.team(ev, 2, hessian)
+        options: dict[str, Any] = {"l2": ev.l2, "hessian": hessian}
+        mlp_team.TeamSweep(recognized.net, steps, own, None, scores, joins, 0 * joins, None, team, **options).run()
+    else:
+        op = mlp_gemm.GemmSweep if native.engine == "gemm" else ops.MlpSweep
+        op(recognized.net, steps, own, None, scores, l2=ev.l2, hessian=hessian).run(0, 1, 2)
     pairs = [(scores, -dots * batch.coefficients.double(), 0.0)]
     largest = max(float(value.abs().max()) for value in hvp.values())
     rounding = 4 * torch.finfo(ev.dtype).eps

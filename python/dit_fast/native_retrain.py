@@ -5,11 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dit_fast import mlp, native, ops
+from dit_fast import mlp, mlp_team, native, ops
 from dit_fast.native import AGREEMENT, CALL_FLOPS, Native
 from dit_fast.problem import Batch, Evaluator, Params
 from dit_fast.queries import Query
 from dit_fast.recognize import NotCompiled
+
+# of a call on a GPU, some tenths of a second
+CUDA_CALL_FLOPS = 1e12
 
 # (batch, models [n, *shape], the samples each lacks) → batch gradients of the n models, by the generic path
 Gradients = Callable[[Batch, Params, Sequence[Tensor]], Params]
@@ -20,6 +23,8 @@ QueryChanges = Callable[[Params, Query, Params], Tensor]
 def prepare(ev: Evaluator, gradients: Gradients) -> Native:
     """The compiled path of this problem, proved on the first batch of the log; NotCompiled says why there is none."""
     compiled, params, batch = native.read(ev)
+    if compiled.engine == "team":
+        compiled.team(ev, 1, retrain=True)
     _compare(ev, compiled, params, batch, gradients)
     return compiled
 
@@ -39,24 +44,25 @@ def advance(
     """
     blocks = native.make_blocks(ev, compiled, len(removed))
     momenta = None
-    if any(getattr(rule, "momentum", 0) for rule in ev.trajectory.optimizer):
+    if compiled.momentum:
         momenta = native.make_blocks(ev, compiled, len(removed))
-    names, net = compiled.recognized.parameters, compiled.recognized.net
+    names = compiled.recognized.parameters
     own, own_momenta = (None if b is None else [None if n is None else b[n] for n in names] for b in (blocks, momenta))
     assert own is not None
     models = mlp.mlp_models([0] * len(removed), removed, ev.num_samples)
     joins = torch.tensor(first)
     # forward, backward and the weights' gradient: half of what a column of the sweep takes
-    steps_per_call = max(1, int(CALL_FLOPS / (native.flops_per_column(ev, compiled) / 2 * len(removed))))
+    flops = CUDA_CALL_FLOPS if ev.device.type == "cuda" else CALL_FLOPS
+    steps_per_call = max(1, int(flops / (native.flops_per_column(ev, compiled) / 2 * len(removed))))
     t, loaded = 0, range(0)
-    engine: ops.MlpRetrain | None = None
+    engine: ops.MlpRetrain | mlp_team.TeamRetrain | None = None
     for end in ends:
         while t < end:
             if t >= loaded.stop or engine is None:
                 loaded = range(t, min(ends[-1], t + native.steps_per_slice(ev, compiled, t)))
                 steps = native.load_steps(ev, compiled, loaded)
                 own_models = mlp.MlpModels(joins - t, models.offsets, models.removed)
-                engine = ops.MlpRetrain(net, steps, own_models, own, own_momenta, l2=ev.l2)
+                engine = _engine(ev, compiled, steps, own_models, own, own_momenta)
             stop = min(end, loaded.stop, t + steps_per_call)
             engine.run(t - loaded.start, stop - loaded.start)
             progress(stop - t)
@@ -64,13 +70,28 @@ def advance(
         yield end, blocks
 
 
+def _engine(
+    ev: Evaluator,
+    compiled: Native,
+    steps: mlp.MlpSteps,
+    models: mlp.MlpModels,
+    blocks: Sequence[Tensor | None],
+    momenta: Sequence[Tensor | None] | None,
+) -> ops.MlpRetrain | mlp_team.TeamRetrain:
+    net = compiled.recognized.net
+    if compiled.engine == "cpu":
+        return ops.MlpRetrain(net, steps, models, blocks, momenta, l2=ev.l2)
+    team = compiled.team(ev, len(models.joins), retrain=True)
+    return mlp_team.TeamRetrain(net, steps, mlp.on_device(models, ev.device), blocks, momenta, team, l2=ev.l2)
+
+
 def query_changes(ev: Evaluator, compiled: Native, query: Query, params: Params, generic: QueryChanges) -> QueryChanges:
-    """Compiled where the query is a loss over a set of samples, else `generic`.
+    """Compiled where the query is a loss over a set of samples and the device the CPU, else `generic`.
 
     ev: in float64. params: θ somewhere, where two models are compared with the generic path: queries run in eval mode, of
     which the net was not read.
     """
-    if query.batch is None:
+    if query.batch is None or compiled.engine != "cpu":
         return generic
     net, names = compiled.recognized.net, compiled.recognized.parameters
     args, kwargs, target = ev.unpack(query.batch)
@@ -106,7 +127,7 @@ def _probe(params: Params, first: str | None) -> Params:
     generator = torch.Generator().manual_seed(0)
     probe = {}
     for name, value in params.items():
-        probe[name] = mlp.mlp_block(2, value.shape, value.dtype, name == first)
+        probe[name] = mlp.mlp_block(2, value.shape, value.dtype, name == first, value.device)
         size = float(value.double().square().mean().sqrt()) or 0.1
         probe[name].copy_(size * torch.randn(2, *value.shape, generator=generator, dtype=torch.float64))
     return probe
@@ -126,7 +147,7 @@ def _compare(ev: Evaluator, compiled: Native, params: Params, batch: Batch, grad
     places = [torch.isin(batch.ids, ids).nonzero().flatten() for ids in removed]
     models = mlp.mlp_models([0, 0], places, len(batch.ids))
     own = [None if name is None else blocks[name] for name in names]
-    ops.MlpRetrain(compiled.recognized.net, steps, models, own, None, l2=ev.l2).run(0, 1)
+    _engine(ev, compiled, steps, models, own, None).run(0, 1)
     largest = max(float(value.abs().max()) for value in theirs.values())
     rounding = 4 * torch.finfo(ev.dtype).eps / AGREEMENT[ev.dtype]
     for name, value in theirs.items():

@@ -6,7 +6,7 @@ float32 or float64, all of one dtype, except `dots` and `coefficients`, which ar
 the last dimension is contiguous, every other stride is free. Autograd does not see what the ops do.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -226,11 +226,12 @@ class MlpSweep:
         hessian: str = "exact",
     ) -> None:
         check_sweep(net, steps, blocks, momenta, scores)
-        specs, kinds = _mlp_specs(net, hessian)
+        _check_on_cpu(steps)
+        specs, kinds = mlp_specs(net, hessian)
         self._steps, self._kept = steps, (blocks, momenta, scores)
         self._twice = steps.theta.dtype == torch.float64
         self._model = (specs, kinds, net.loss_scale, l2)
-        self._blocks, self._momenta = _addresses(blocks), _addresses(momenta or ())
+        self._blocks, self._momenta = addresses(blocks), addresses(momenta or ())
         self._scores = (scores.data_ptr(), scores.stride(0))
 
     def run(self, start: int, stop: int, num_columns: int) -> int | None:
@@ -242,7 +243,7 @@ class MlpSweep:
             self._twice,
             *self._model,
             (num_columns, len(self._kept[2]), stop - start),
-            *_logged(steps, start),
+            *logged(steps, start),
             self._blocks,
             self._momenta,
             self._scores,
@@ -279,10 +280,11 @@ class MlpRetrain:
         l2: float = 0.0,
     ) -> None:
         check_retrain(net, steps, models, blocks, momenta)
+        _check_on_cpu(steps)
         self._steps, self._models, self._kept = steps, models, (blocks, momenta)
         self._twice = steps.theta.dtype == torch.float64
-        self._model = (*_mlp_specs(net, "none"), net.loss_scale, l2)
-        self._blocks, self._momenta = _addresses(blocks), _addresses(momenta or ())
+        self._model = (*mlp_specs(net, "none"), net.loss_scale, l2)
+        self._blocks, self._momenta = addresses(blocks), addresses(momenta or ())
 
     def run(self, start: int, stop: int) -> None:
         """Steps start … stop − 1."""
@@ -294,7 +296,7 @@ class MlpRetrain:
             self._twice,
             *self._model,
             (len(joins), len(joins), stop - start),
-            *_logged(steps, start),
+            *logged(steps, start),
             self._blocks,
             self._momenta,
             [joins.data_ptr(), models.offsets.data_ptr(), models.removed.data_ptr()],
@@ -330,14 +332,14 @@ def mlp_loss_changes(
     offsets = torch.tensor([*range(0, len(x), _LOSS_ROWS), len(x)])
     _C.mlp_loss_changes_cpu(
         theta.dtype == torch.float64,
-        *_mlp_specs(net, "none"),
+        *mlp_specs(net, "none"),
         net.loss_scale,
         (len(changes), len(changes), len(offsets) - 1),
         (theta.data_ptr(), 0),
         (x.data_ptr(), x.stride(0)),
         targets.data_ptr(),
         [rows.data_ptr(), 0, coefficients.data_ptr(), offsets.data_ptr(), none.data_ptr()],
-        _addresses(blocks),
+        addresses(blocks),
         changes.data_ptr(),
         torch.get_num_threads(),
     )
@@ -366,7 +368,7 @@ def mlp_gradient(net: Mlp, theta: Tensor, x: Tensor, targets: Tensor, coefficien
         raise ValueError(f"gradients must be contiguous {list(theta.shape)} {_short(theta.dtype)}")
     _C.mlp_gradient_cpu(
         theta.dtype == torch.float64,
-        *_mlp_specs(net, "exact"),
+        *mlp_specs(net, "exact"),
         net.loss_scale,
         (0, 0, n),
         (theta.data_ptr(), theta.stride(0)),
@@ -402,7 +404,39 @@ def use_blas(allowed: bool) -> bool:
     return bool(_C.use_blas(allowed))
 
 
-def _mlp_specs(net: Mlp, hessian: str) -> tuple[list[Any], tuple[int, int]]:
+def core(op: str, device: torch.device) -> Callable[..., Any]:
+    """The compiled function of an op for a device, "<op>_cpu" or "<op>_cuda", which takes the GPU and the stream last.
+
+    RuntimeError for a GPU where the CUDA part is not compiled.
+    """
+    if device.type == "cpu":
+        function: Callable[..., Any] = getattr(_C, f"{op}_cpu")
+        return function
+    _check_cuda_compiled()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    on_cuda = getattr(_C, f"{op}_cuda")
+    return lambda *arguments: on_cuda(*arguments, index, torch.cuda.current_stream(index).cuda_stream)
+
+
+def team_bytes(*arguments: Any) -> int:
+    """Bytes of memory of a team of threads (csrc/team/net.h); use it through dit_fast.mlp_team."""
+    return int(_C.team_bytes(*arguments))
+
+
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """Bytes of shared memory that a block of a GPU may ask for, and how many processors there are."""
+    _check_cuda_compiled()
+    limits: tuple[int, int] = _C.device_limits(torch.cuda.current_device() if device.index is None else device.index)
+    return limits
+
+
+def cuda_compiled() -> bool:
+    """Whether this build has the CUDA part."""
+    return bool(_C.cuda_compiled)
+
+
+def mlp_specs(net: Mlp, hessian: str) -> tuple[list[Any], tuple[int, int]]:
+    """Layers, loss and curvature as the core takes them."""
     specs = [
         ((la.outputs, la.inputs, la.weight, -1 if la.bias is None else la.bias, ACTIVATIONS.index(la.activation)), la.slope)
         for la in net.layers
@@ -410,11 +444,12 @@ def _mlp_specs(net: Mlp, hessian: str) -> tuple[list[Any], tuple[int, int]]:
     return specs, (LOSSES.index(net.loss), CURVATURES.index(hessian))
 
 
-def _addresses(blocks: Sequence[Tensor | None]) -> list[int]:
+def addresses(blocks: Sequence[Tensor | None]) -> list[int]:
+    """0 for None."""
     return [0 if block is None else block.data_ptr() for block in blocks]
 
 
-def _logged(steps: MlpSteps, start: int) -> tuple[Any, ...]:
+def logged(steps: MlpSteps, start: int) -> tuple[Any, ...]:
     """theta, x, targets and the log from step `start` on, as the core takes them."""
     theta = (steps.theta.data_ptr() + start * steps.theta.stride(0) * steps.theta.element_size(), steps.theta.stride(0))
     log = [
@@ -436,15 +471,24 @@ def _launch(op: str, weight: Tensor, *args: Any) -> None:
     if weight.device.type == "cpu":
         getattr(_C, f"{op}_cpu")(twice, *args, torch.get_num_threads())
     elif weight.device.type == "cuda":
-        if not _C.cuda_compiled:
-            raise RuntimeError(
-                "dit_fast was built for the CPU alone: put nvcc on PATH and rebuild with "
-                "'CMAKE_ARGS=-DDIT_FAST_CUDA=ON pip install --force-reinstall --no-deps .'"
-            )
+        _check_cuda_compiled()
         device = weight.device.index
         getattr(_C, f"{op}_cuda")(twice, *args, device, torch.cuda.current_stream(device).cuda_stream)
     else:
         raise ValueError(f"weight must be on a cpu or cuda device, got {weight.device}")
+
+
+def _check_cuda_compiled() -> None:
+    if not _C.cuda_compiled:
+        raise RuntimeError(
+            "dit_fast was built for the CPU alone: put nvcc on PATH and rebuild with "
+            "'CMAKE_ARGS=-DDIT_FAST_CUDA=ON pip install --force-reinstall --no-deps .'"
+        )
+
+
+def _check_on_cpu(steps: MlpSteps) -> None:
+    if steps.theta.device.type != "cpu":
+        raise ValueError(f"steps must be on the CPU, got {steps.theta.device}: dit_fast.mlp_team has the ops for a GPU")
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -262,7 +262,7 @@ def _loss(ev: Evaluator, output: Tensor, target: Any) -> tuple[str, float]:
 
 def check_targets(ev: Evaluator, recognized: Recognized, targets: Tensor) -> None:
     """NotCompiled unless per_sample_loss is the recognised loss for every one of the data's targets [n, ...]."""
-    net = recognized.net
+    net, targets = recognized.net, targets.cpu()
     if not targets.is_floating_point() and targets.ndim == 1:
         targets = targets.unique()
     generator = torch.Generator().manual_seed(1)

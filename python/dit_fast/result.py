@@ -1,5 +1,6 @@
 """Influence: scores with named axes, what they were computed from, and their way to disk and to tables."""
 
+import csv
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -121,6 +122,17 @@ class Influence:
                 "retrained": self.retrained.flatten().numpy(),
             }
         )
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows of `to_pandas` as a table with a heading, without pandas; scores in full precision."""
+        samples = self.sample_ids.tolist()
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(("window", "start", "stop", "query", "sample", "score", "retrained"))
+            for window, of_window, true_of_window in zip(self.windows, self.scores, self.retrained, strict=True):
+                for query, scores, true in zip(self.queries, of_window.tolist(), true_of_window.tolist(), strict=True):
+                    head = (window.name, window.start, window.stop, query)
+                    rows.writerows((*head, *row) for row in zip(samples, scores, true, strict=True))
 
     def select(self, windows: Any = None, queries: Any = None) -> "Influence":
         """The same with some windows and query values alone, in the order asked for.

@@ -26,7 +26,7 @@ from dit_fast.replay import Point, Replay
 from dit_fast.result import Influence
 from dit_fast.trajectory import Trajectory
 
-# more models at once than this are no faster: their blocks no longer stay in cache (`bench/bench_retrain.py`)
+# more models at once than this are no faster on the CPU: their blocks no longer stay in cache (`bench/bench_retrain.py`)
 MODELS_AT_ONCE = 256
 
 BACKENDS = ("auto", "generic", "native")
@@ -54,8 +54,8 @@ def leave_one_out(
 
     sample_ids: the samples left out, one model each; None = all. groups: lists of ids left out together, one model each;
         result.groups then names them and the sample axis counts them.
-    backend: "native" for feed-forward nets trained by SGD, compiled, on the CPU; "generic" for any; "auto" = the first that
-        fits. `meta["why"]` says why.
+    backend: "native" for feed-forward nets trained by SGD, compiled, on the CPU and for small nets on CUDA; "generic" for
+        any; "auto" = the first that fits. `meta["why"]` says why.
     The other arguments, the errors and the result are those of `score`. Optimizer, clipping and dropout's masks are the run's.
     """
     began = time.perf_counter()
@@ -156,6 +156,12 @@ def choose_backend(ev: Evaluator, backend: str, mapper: "_Mapper") -> tuple[Nati
             raise ValueError(f"backend='native' cannot be used: {reason}") from reason
         return None, f"not native: {reason}"
     return compiled, f"compiled: {compiled.recognized.description}; agrees with the generic path on the first batch"
+
+
+def chosen_backend(ev: Evaluator) -> tuple[str, str]:
+    """The backend that "auto" means for this problem, and why; nothing is retrained."""
+    compiled, why = choose_backend(ev, "auto", _Mapper(ev.trajectory.rng is None and not _convolves_much(ev)))
+    return "native" if compiled else "generic", why
 
 
 def _generic(
@@ -312,7 +318,7 @@ def models_at_once(ev: Evaluator, budget: int) -> int:
     one = bytes_per_model(ev)
     if one > budget:
         raise ValueError(f"one model needs {format_bytes(one)}, more than memory_budget = {format_bytes(budget)}")
-    return min(MODELS_AT_ONCE, budget // one)
+    return budget // one if ev.device.type == "cuda" else min(MODELS_AT_ONCE, budget // one)
 
 
 def bytes_per_model(ev: Evaluator) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast import factors, layerwise, logged, native, plan, queries
+from dit_fast import factors, layerwise, logged, native, native_team, plan, queries
 from dit_fast.guard import check_problem
 from dit_fast.linearize import HESSIANS, Hessian, choose_mode, linearize
 from dit_fast.problem import Batch, Evaluator, Params, Problem
@@ -68,7 +68,7 @@ def score(
         "auto" = the one of fewer FLOPs (`estimate_score`). `meta["why_method"]` says which they were.
     refine: this many samples per window and query, those of largest |score|, get their true score by retraining;
         `result.retrained` marks them.
-    backend: "native" for feed-forward nets under SGD, compiled, on the CPU; "factors" for hessian "fisher", "ggn" and "none",
+    backend: "native" for feed-forward nets under SGD, compiled, on the CPU and on CUDA; "factors" for hessian "fisher", "ggn" and "none",
         by the factors in the log where it has them (the problem is then asked for the query's gradients alone), else by
         those it makes anew from the problem; "layerwise" for convolutional nets; "generic" for any module; "auto" = the first
         of these that fits, factors of the log without a problem only. `meta["backend"]` says which it was, `meta["why"]` why.
@@ -242,6 +242,8 @@ def choose_sweep(
             why = f"compiled: {compiled.recognized.description}; agrees with the generic path on the first batch"
 
             def run(columns: list[plan.Column], gradients: QueryGradients, progress: Callable[..., object]) -> Tensor:
+                if compiled.engine == "team":
+                    return native_team.sweep(ev, columns, compiled, hessian, gradients, num_samples, progress)
                 points = sorted({t for column in columns for t in (column.start, column.stop) if t})
                 at = native.query_gradients(ev, compiled, asked, points, gradients)
                 return native.sweep(ev, columns, compiled, hessian, at, num_samples, progress)

@@ -40,6 +40,8 @@ class _Source(Protocol):
     @property
     def path(self) -> Path | None: ...
     @property
+    def complete(self) -> bool: ...
+    @property
     def num_steps(self) -> int: ...
     @property
     def digest(self) -> str: ...
@@ -185,6 +187,11 @@ class Trajectory:
     def path(self) -> Path | None:
         """The log's directory; None for a run made from arrays."""
         return self._source.path
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run was ended by its Recorder; False while it goes on, and for one that was killed."""
+        return self._source.complete
 
     def params(self, t: int) -> dict[str, Tensor]:
         """θ[t], 0 ≤ t ≤ T: name → tensor of its own shape and dtype, on the CPU; not to be written to.
