@@ -10,7 +10,6 @@ memory, the query's gradients ready. Checked against each other before they are 
     sweep       the same by cotangents and Hessian products, as momentum and Adam need it
     gram        the same in sample space
     recomputed  score(problem, hessian="fisher", backend="factors"): a forward and a backward pass for the factors of a step
-    index       one query of a ready index
 
 extra_info: how many times faster than the others (best times of this run), gflops by the formula 2·B·ΣIO for dots and as
 much for an update, their share of the sgemm rate measured in the same run, bytes of a step's factors and of its parameters,
@@ -40,7 +39,7 @@ WORKLOADS = {
     "W3, 8 windows": Workload((784, 1024, 1024, 10), 128, 8, 1024, 8, 1),
 }
 SMALL = {"batch": 8, "steps": 4, "samples": 16}
-RIVALS = ["fused", "sweep", "gram", "recomputed", "exact", "index"]
+RIVALS = ["fused", "sweep", "gram", "recomputed", "exact"]
 
 
 class FactorTrajectory(Trajectory):
@@ -103,13 +102,6 @@ class FactorSetting(Setting):
     def exact(self) -> Tensor:
         return self.engine()
 
-    @functools.cached_property
-    def made_index(self) -> Any:
-        return self.logged.index(self.windows, check=False)
-
-    def index(self) -> Tensor:
-        return self.made_index.score(self.ready).scores[:, 0]
-
     def flops(self) -> float:
         """Of dots and updates, which the last step to be reached needs not."""
         weights = sum(i * o for i, o in itertools.pairwise(self.work.widths))
@@ -119,7 +111,7 @@ class FactorSetting(Setting):
     def check(self) -> None:
         truth = self.recomputed()
         size = self.sizes(truth)
-        for rival in ("fused", "sweep", "gram", "index"):
+        for rival in ("fused", "sweep", "gram"):
             assert ((getattr(self, rival)() - truth).abs().amax(-1) <= 1e-5 * size).all(), rival
         assert ((self.exact() - truth).abs().amax(-1) > 1e-4 * size).any()  # another curvature
 

@@ -29,22 +29,35 @@ ALLOWED = {
     # the log
     "ranks": "errors",
     "optimizers": "errors",
-    "log": "optimizers",
-    "log_reader": "errors log optimizers",
+    "factor_options": "",
+    "projections": "factored",
+    "factor_log": "errors factored projections",
+    "log": "factor_log optimizers",
+    "log_reader": "errors factor_log factored log optimizers",
     "log_size": "byte_sizes errors log modules optimizers",
     "background": "errors log log_size",
     "directory": "errors log",
     "resumption": "directory errors log log_reader modules",
-    "recording": "background errors log log_size modules optimizers resumption",
+    "recording": "background errors factor_log log log_size modules optimizers resumption",
     "named_batches": "data errors log modules",
-    "recorder": (
-        "byte_sizes directory errors log log_reader log_size modules named_batches optimizers ranks recording resumption"
+    "layer_factors": "errors factor_log factored",
+    "factor_check": "errors layer_factors optimizers",
+    "factor_store": "factor_log factor_options factored layer_factors projections",
+    "output_slopes": "errors",
+    "capture": (
+        "data errors factor_check factor_log factor_options factor_store layer_factors named_batches numerics optimizers "
+        "output_slopes"
     ),
-    "arrays": "data log optimizers",
-    "trajectory": "arrays errors log log_reader optimizers",
+    "arrays": "data errors factored log optimizers",
+    "trajectory": "arrays errors factored log log_reader optimizers",
     # what is asked of it
     "problem": "data errors log modules numerics trajectory",
     "queries": "data problem",
+    "marked_queries": "factor_options log problem queries trajectory",
+    "recorder": (
+        "byte_sizes capture directory errors factor_options log log_reader log_size marked_queries modules named_batches "
+        "optimizers queries ranks recording resumption"
+    ),
     "replay": "errors optimizers problem trajectory",
     "guard": "errors problem replay",
     "result": "trajectory",
@@ -80,7 +93,8 @@ ALLOWED = {
     ),
     # what users meet
     "__init__": (
-        "data errors estimate log_size ops optimizers problem queries recorder reference result retrain score trajectory"
+        "data errors estimate factor_options log_size ops optimizers problem queries recorder reference result retrain score "
+        "trajectory"
     ),
     "plots": "analysis result",
     "demo": "__init__ analysis",

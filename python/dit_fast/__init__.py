@@ -16,6 +16,7 @@ from dit_fast import queries, reference
 from dit_fast.data import with_ids
 from dit_fast.errors import LogError, UnsupportedError
 from dit_fast.estimate import RetrainEstimate, ScoreEstimate, estimate_score
+from dit_fast.factor_options import FactorOptions
 from dit_fast.log_size import LogEstimate, estimate_log
 from dit_fast.ops import build_info
 from dit_fast.optimizers import SGD, Adam, AdamW
@@ -30,6 +31,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "FactorOptions",
     "Influence",
     "LogError",
     "LogEstimate",

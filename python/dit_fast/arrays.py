@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from dit_fast.data import as_ids
+from dit_fast.errors import LogError
+from dit_fast.factored import Factors
 from dit_fast.log import Header, Step, as_doubles, update_counts
 from dit_fast.optimizers import RULES, SGD, Clip, Rule, State, constant_settings
 
@@ -19,6 +21,7 @@ class Arrays:
     """A source held in memory, complete and checked."""
 
     path: None = None
+    factor_layout: None = None
 
     def __init__(self, header: Header, params: dict[str, Tensor], steps: list[Step], marks: dict[str, int]) -> None:
         self.header, self.marks = header, marks
@@ -59,6 +62,12 @@ class Arrays:
 
     def step(self, t: int) -> Step:
         return self._steps[t]
+
+    def marked_queries(self) -> dict[int, tuple[list[str], dict[str, Tensor]]]:
+        return {}
+
+    def factors(self, t: int) -> list[Factors]:
+        raise LogError("a run made from arrays holds no factors: they are written by Recorder(..., factors=True)")
 
     def verify(self) -> None:
         """Nothing to do: checked when made, and private since."""

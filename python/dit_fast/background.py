@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.errors import LogError
-from dit_fast.log import Chunk, Header, LogWriter, first_nonfinite
+from dit_fast.log import Chunk, Header, LogWriter, StoredQuery, first_nonfinite
 from dit_fast.log_size import segment_bytes
 
 # the disk is called too slow where it held the loop up for more than this share of the run, and for more than these seconds
@@ -40,6 +40,7 @@ class ChunkBuffer(Chunk):
         )
         self.changed = zeros(capacity + 1, dtype=torch.bool)
         self.capacity = capacity
+        self.factor_bytes = 0
         self.ready: torch.cuda.Event | None = None
 
 
@@ -188,9 +189,9 @@ class BackgroundWriter:
     def __init__(self, log: LogWriter, header: Header, make_buffer: Callable[[], ChunkBuffer], num_buffers: int) -> None:
         self._log, self._header = log, header
         self._make_buffer, self._num_buffers = make_buffer, num_buffers
-        self._jobs: queue.SimpleQueue[tuple[ChunkBuffer | None, dict[str, int], bool] | threading.Event | None] = (
-            queue.SimpleQueue()
-        )
+        self._jobs: queue.SimpleQueue[
+            tuple[ChunkBuffer | StoredQuery | None, dict[str, int], bool] | threading.Event | None
+        ] = queue.SimpleQueue()
         self._free: queue.SimpleQueue[ChunkBuffer | None] = queue.SimpleQueue()
         self._error: str | None = None
         self._pace = _Pace()
@@ -243,6 +244,10 @@ class BackgroundWriter:
         """Write the manifest with these marks."""
         self._jobs.put((None, dict(marks), complete))
 
+    def put_query(self, query: StoredQuery, marks: Mapping[str, int]) -> None:
+        """Write a query's gradients, and the manifest with them."""
+        self._jobs.put((query, dict(marks), False))
+
     def drain(self) -> None:
         """Wait until everything put so far is on disk; LogError where it could not be written."""
         reached = threading.Event()
@@ -268,17 +273,19 @@ class BackgroundWriter:
                 continue
             buffer, marks, complete = job
             try:
-                if self._error is None and buffer is not None:
+                if self._error is None and isinstance(buffer, ChunkBuffer):
                     self._write_chunk(buffer, marks)
                 elif self._error is None:
+                    if isinstance(buffer, StoredQuery):
+                        self._log.add_query(buffer)
                     self._log.update(marks, complete)
             except LogError as error:
                 self._error = str(error)
             except Exception as error:  # whatever it is must reach the user, who does not see this thread
                 reason = (isinstance(error, OSError) and error.strerror) or repr(error)
                 self._error = f"cannot write the log at {self._log.path}: {reason}; it holds {self._log.num_steps} steps"
-            if buffer is not None:
-                buffer.steps = []
+            if isinstance(buffer, ChunkBuffer):
+                buffer.steps, buffer.factor_bytes = [], 0
                 self._free.put(buffer)
 
     def _write_chunk(self, buffer: ChunkBuffer, marks: Mapping[str, int]) -> None:

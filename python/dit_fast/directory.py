@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from dit_fast.errors import LogError
-from dit_fast.log import CONSTANTS, MANIFEST, chunk_number
+from dit_fast.log import CONSTANTS, MANIFEST, chunk_number, query_number
 
 LOCK = ".lock"
 
@@ -71,7 +71,7 @@ def log_files(path: Path) -> list[Path]:
 
 
 def _is_own(name: str) -> bool:
-    return name in (MANIFEST, CONSTANTS) or chunk_number(name) is not None
+    return name in (MANIFEST, CONSTANTS) or chunk_number(name) is not None or query_number(name) is not None
 
 
 def _lock(file: Path) -> int:

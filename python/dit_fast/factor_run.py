@@ -39,7 +39,7 @@ class FactorRun:
         self.hessian = hessian
         if (refused := _refusal(self)) is not None:
             raise ValueError(refused)
-        self._last: tuple[int, list[Factors]] = (-1, [])
+        self._held: dict[int, list[Factors]] = {}
 
     @property
     def num_samples(self) -> int:
@@ -86,11 +86,13 @@ class FactorRun:
 
     def batches(self, t: int) -> list[Factors]:
         """The micro-batches of step t; one row per sample where the curvature is not made of more."""
-        if self._last[0] != t:
-            found = [factor_products.placed(f, self.device, self.dtype) for f in self.trajectory.factors(t)]  # type: ignore[attr-defined]
+        if t not in self._held:
+            found = [factor_products.placed(f, self.device, self.dtype) for f in self.trajectory.factors(t)]
             _check_step(self, t, found)
-            self._last = (t, found if self.hessian == "ggn" else [factor_products.gradients_alone(f) for f in found])
-        return self._last[1]
+            # a step and the one before it are asked for in turn
+            self._held = {s: held for s, held in self._held.items() if abs(s - t) == 1}
+            self._held[t] = found if self.hessian == "ggn" else [factor_products.gradients_alone(f) for f in found]
+        return self._held[t]
 
     def batch_gradient(self, t: int, params: Params) -> Params:
         """g_t from the factors; params are used where l2 is not 0."""

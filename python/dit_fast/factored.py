@@ -84,8 +84,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Projection:
-    """A seeded random map of one parameter's gradients with E[P Pᵀ] = I: outputs [o, O] and inputs [i, I] of a Kronecker
-    product for an `Outer` part's weight (outputs alone for its bias), outputs [p, size] for a `Plain` one; None = as it is.
+    """A seeded random map of one parameter's gradients with E[PᵀP] = I, so that inner products keep their mean: of a matrix
+    [O, I] (whatever is behind the first dimension taken together) outputs [o, O] and inputs [i, I] of a Kronecker product,
+    of a vector outputs [p, size] alone, for a bias those of its weight; None = that side as it is.
     """
 
     outputs: Tensor | None
@@ -93,8 +94,9 @@ class Projection:
 
     def __call__(self, gradient: Tensor) -> Tensor:
         """[Q, *own shape] → [Q, *projected shape]."""
-        if self.inputs is None:
-            flat = gradient.flatten(1)
-            return flat if self.outputs is None else flat @ self.outputs.to(flat).T
-        matrix = gradient.flatten(2) @ self.inputs.to(gradient).T
+        if gradient.ndim <= 2:
+            return gradient if self.outputs is None else gradient @ self.outputs.to(gradient).T
+        matrix = gradient.flatten(2)
+        if self.inputs is not None:
+            matrix = matrix @ self.inputs.to(gradient).T
         return matrix if self.outputs is None else torch.einsum("po,qoi->qpi", self.outputs.to(matrix), matrix)

@@ -15,6 +15,7 @@ consecutive steps and stands alone, k being the manifest's `every`:
     micro_sizes   int64 [Σcounts]     the sizes of the micro-batches; one, B, for an ordinary step
     micro_counts  int64 [n]           micro-batches per step
     rng           uint8 [batches, size]    where dropout was active: the random generator's state before each micro-batch
+    factor_i, factor_i_shapes    where factors were logged: the i-th tensor of every micro-batch, likewise (below)
     batch_i, batch_i_shapes    where batches were stored: the i-th tensor of every micro-batch, flat, and their shapes;
                                       the manifest's `batch` says how they belong together
     settings      float64 [n, groups, settings]    in the order of the manifest's `setting_names`
@@ -27,6 +28,16 @@ A log that was gone on with (`resume=True`) is first cut after the step it goes 
 this step is written beside it under a name of a new generation, `chunk-NNNNNN.G.safetensors`; then the manifest is switched
 to it; then what the manifest names no more is deleted. Chunks that follow are of that generation too. So at every moment
 there is one whole log, the one before or the one after.
+
+Factors are per-sample gradients ready for scores (factored.py). The manifest's `factors` says the dtype they are stored in,
+the curvature, l2, which layers were asked for, the sizes, seed and sha256 of the projections of each parameter, and lists
+their parts, each of one layer. A micro-batch's tensors are, in this order, for curvature "ggn" slopes [B, R] and curvature
+[B, R, R], then those of each part by its kind: "outer" inputs [B, S, I] and deltas [B, R, S, O]; "convolution" images
+[B, C, H, W], which `geometry` says how to unfold, and deltas; "lookup" indices int32 [B, S] and deltas; "rows" the gradients
+[B, R, …] of one parameter as they are. Deltas are not multiplied by a_b.
+
+Gradients of queries stored at marks are files `query-NNNNNN[.G].safetensors` of one tensor [Q, …] per parameter, in the
+projected space, which the manifest's `queries` lists with mark, step, labels and sha256.
 
 While a Recorder lives it holds an advisory lock on the file `.lock` of the directory (directory.py), which readers ignore.
 """
@@ -49,11 +60,13 @@ import torch
 from torch import Tensor
 
 from dit_fast import optimizers
+from dit_fast.factor_log import FactorSpec
 from dit_fast.optimizers import Clip, Rule
 
 FORMAT, VERSION = "dit_fast log", 1
 MANIFEST, CONSTANTS = "manifest.json", "constants.safetensors"
 
+_QUERY = re.compile(r"query-([0-9]{6,})(?:\.([1-9][0-9]*))?\.safetensors")
 _CHUNK = re.compile(r"chunk-([0-9]{6,})(?:\.([1-9][0-9]*))?\.safetensors")
 # pieces small enough to be hashed and written out of the cache
 _PIECE = 4 << 20
@@ -80,7 +93,7 @@ class Header:
     parameters that were not trained (`modules.tensor_digest`). reduction: "mean" or "sum", for information.
     rng: "cpu" or "cuda", the random generator whose state is logged. batch_tree: the layout of stored batches (`as_tree`).
     clip: how gradients were clipped. every: k, the steps between two stored rows. log_dtype: of the stored rows, None = the
-    parameters' own.
+    parameters' own. factors: what is said of per-sample gradients, where they are logged.
     """
 
     parameters: dict[str, tuple[torch.Size, torch.dtype]]
@@ -96,6 +109,7 @@ class Header:
     log_dtype: torch.dtype | None = None
     rng: str | None = None
     batch_tree: Any = None
+    factors: FactorSpec | None = None
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -143,7 +157,8 @@ class Header:
 class Step:
     """What one step was made of: ids [B] int64, coefficients a [B] float64, the sizes of its micro-batches (sum B), the
     settings of the optimizer [groups][settings] in the order of `setting_names`, the positions of the parameters that
-    had no gradient, and per micro-batch the random generator's state and the tensors of the stored batch, where logged."""
+    had no gradient, and per micro-batch the random generator's state and the tensors of the stored batch and of the factors,
+    where logged."""
 
     ids: Tensor
     coefficients: Tensor
@@ -152,6 +167,12 @@ class Step:
     absent: tuple[int, ...] = ()
     rng: tuple[Tensor, ...] = ()
     batches: tuple[tuple[Tensor, ...], ...] = ()
+    factors: tuple[tuple[Tensor, ...], ...] = ()
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of the factors."""
+        return sum(tensor.numel() * tensor.element_size() for tensors in self.factors for tensor in tensors)
 
 
 def update_counts(header: Header, before: Tensor, steps: Iterable[Step]) -> Tensor:
@@ -179,6 +200,16 @@ class Chunk:
     rows: Tensor
     state: Tensor
     counts: Tensor
+
+
+@dataclass(frozen=True)
+class StoredQuery:
+    """Gradients of a query's Q values at a mark: labels, and [Q, …] per parameter as the factors have them."""
+
+    mark: str
+    step: int
+    labels: list[str]
+    gradients: dict[str, Tensor]
 
 
 def as_tree(batch: Any) -> tuple[Any, list[Tensor]]:
@@ -242,24 +273,32 @@ class LogWriter:
         self.update({}, complete=False)
 
     @classmethod
-    def resume(cls, path: Path, header: Header, manifest: Mapping[str, Any], num_chunks: int, generation: int) -> "LogWriter":
-        """Goes on after the first chunks of the log with this manifest, writing chunks of this generation.
+    def resume(
+        cls, path: Path, header: Header, manifest: Mapping[str, Any], num_chunks: int, generation: int, step: int
+    ) -> "LogWriter":
+        """Goes on after the first chunks of the log with this manifest and the queries up to `step`, writing files of this
+        generation.
 
         Nothing is written before the next `add_chunk` or `update`.
         """
-        head = {name: value for name, value in manifest.items() if name not in ("marks", "chunks", "complete", "sha256")}
+        changing = ("marks", "chunks", "queries", "complete", "sha256")
+        head = {name: value for name, value in manifest.items() if name not in changing}
         writer = cls.__new__(cls)
         writer._begin(path, header, head, list(manifest["chunks"][:num_chunks]), generation)
+        writer._queries = [row for row in manifest.get("queries", []) if row["step"] <= step]
+        writer._num_queries = len(writer._queries)
         return writer
 
     def _begin(self, path: Path, header: Header, head: dict[str, Any], chunks: list[dict[str, Any]], generation: int) -> None:
         self.path, self._header, self._head = path, header, head
         self._chunks, self._generation = chunks, generation
+        self._queries: list[dict[str, Any]] = []
+        self._num_queries = 0
 
     @property
     def files(self) -> set[str]:
         """Names of the log's files."""
-        return {MANIFEST, CONSTANTS, *(chunk["file"] for chunk in self._chunks)}
+        return {MANIFEST, CONSTANTS, *(row["file"] for row in (*self._chunks, *self._queries))}
 
     @property
     def num_steps(self) -> int:
@@ -289,25 +328,44 @@ class LogWriter:
         if self._header.rng:
             tensors["rng"] = torch.stack([state for step in steps for state in step.rng])
         if self._header.batch_tree is not None:
-            for i, leaf in enumerate(zip(*(batch for step in steps for batch in step.batches), strict=True)):
-                tensors[f"batch_{i}"] = torch.cat([tensor.reshape(-1) for tensor in leaf])
-                tensors[f"batch_{i}_shapes"] = torch.tensor([tensor.shape for tensor in leaf], dtype=torch.int64)
+            tensors |= _flattened("batch", [batch for step in steps for batch in step.batches])
+        if self._header.factors is not None:
+            tensors |= _flattened("factor", [micro for step in steps for micro in step.factors])
         file = chunk_name(len(self._chunks), self._generation)
         digest, size = _write_file(self.path / file, _safetensors(tensors))
         row = {"file": file, "start": self.num_steps, "steps": len(steps), "sha256": digest, "bytes": size}
         self._chunks.append(row | {"max_id": int(tensors["batch_ids"].max())})
         self.update(marks, complete=False)
 
+    def add_query(self, query: StoredQuery) -> None:
+        """A file of its own; the manifest names it when it is written next."""
+        file = query_name(self._num_queries, self._generation)
+        self._num_queries += 1
+        digest, size = _write_file(self.path / file, _safetensors(query.gradients))
+        row = {"file": file, "mark": query.mark, "step": query.step, "labels": query.labels, "sha256": digest, "bytes": size}
+        self._queries = [*(old for old in self._queries if old["mark"] != query.mark), row]
+
     def update(self, marks: Mapping[str, int], complete: bool) -> None:
         """Write the manifest anew."""
-        body = self._head | {"marks": dict(marks), "chunks": self._chunks, "complete": complete}
+        queries = {"queries": self._queries} if self._queries else {}
+        body = self._head | {"marks": dict(marks), "chunks": self._chunks, "complete": complete} | queries
         text = json.dumps(body | {"sha256": canonical_digest(body)}, indent=1, allow_nan=False)
         _write_file(self.path / MANIFEST, [text.encode()])
 
 
+def _flattened(name: str, batches: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    """The i-th tensors of all micro-batches end to end, with their shapes."""
+    tensors = {}
+    for i, column in enumerate(zip(*batches, strict=True)):
+        tensors[f"{name}_{i}"] = torch.cat([tensor.reshape(-1) for tensor in column])
+        tensors[f"{name}_{i}_shapes"] = torch.tensor([tensor.shape for tensor in column], dtype=torch.int64)
+    return tensors
+
+
 def manifest_head(header: Header, constants_digest: str) -> dict[str, Any]:
     """The part of the manifest that stays: all but marks, chunks and whether the run was completed."""
-    return {
+    factors = {} if header.factors is None else {"factors": header.factors.to_json()}
+    return factors | {
         "format": FORMAT,
         "version": VERSION,
         "parameters": [
@@ -383,6 +441,17 @@ def safetensors_head(tensors: Mapping[str, tuple[torch.dtype, list[int]]]) -> by
 def chunk_name(number: int, generation: int = 0) -> str:
     """The file of chunk `number`, counted from 0; generation 0 is that of a log never resumed."""
     return f"chunk-{number:06d}{f'.{generation}' if generation else ''}.safetensors"
+
+
+def query_name(number: int, generation: int = 0) -> str:
+    """The file of a query stored at a mark."""
+    return f"query-{number:06d}{f'.{generation}' if generation else ''}.safetensors"
+
+
+def query_number(file: str) -> tuple[int, int] | None:
+    """(number, generation) of a query's file; None for any other name."""
+    match = _QUERY.fullmatch(file)
+    return None if match is None else (int(match[1]), int(match[2] or 0))
 
 
 def chunk_number(file: str) -> tuple[int, int] | None:

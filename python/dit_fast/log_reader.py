@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from dit_fast import optimizers
 from dit_fast.errors import LogError, UnsupportedError
+from dit_fast.factor_log import FactorSpec, layout_of, unpack
+from dit_fast.factored import Factors, Layout
 from dit_fast.log import (
     CONSTANTS,
     FORMAT,
@@ -49,6 +52,7 @@ class LogReader:
             self._chunks = [_ChunkRow(**row) for row in data["chunks"]]
             self.marks = {name: int(step) for name, step in data["marks"].items()}
             self.complete = bool(data["complete"])
+            self._queries = [_QueryRow(**row) for row in data.get("queries", [])]
             self._check_chunks()
         except (LogError, UnsupportedError):
             raise
@@ -125,12 +129,55 @@ class LogReader:
         chunk, at = self._at(t)
         return chunk.steps[at]
 
+    @cached_property
+    def factor_layout(self) -> Layout | None:
+        """What is the same in the factors of all steps; None where there are none."""
+        shapes = {name: shape for name, (shape, _) in self.header.parameters.items()}
+        return None if self.header.factors is None else layout_of(self.header.factors, shapes)
+
+    def factors(self, t: int) -> list[Factors]:
+        """The micro-batches of step t in factors, 0 ≤ t < T."""
+        spec, layout = self.header.factors, self.factor_layout
+        if spec is None or layout is None:
+            raise LogError(f"the log at {self.path} holds no factors: they are written by Recorder(..., factors=True)")
+        chunk, at = self._at(t)
+        step = chunk.steps[at]
+        pieces = zip(step.ids.split(step.micro_sizes), step.coefficients.split(step.micro_sizes), step.factors, strict=True)
+        try:
+            return [unpack(spec, layout, t, ids, a, tensors) for ids, a, tensors in pieces]
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise LogError(f"{self._where(chunk.row)} is damaged: step {t}: {error}") from error
+
+    @property
+    def queries(self) -> list[tuple[str, int]]:
+        """(mark, step) of the stored queries."""
+        return [(row.mark, row.step) for row in self._queries if row.step <= self.num_steps]
+
+    def marked_queries(self) -> dict[int, tuple[list[str], dict[str, Tensor]]]:
+        """step → (labels, gradients [Q, …] per parameter) of the queries stored at marks."""
+        found, layout = {}, self.factor_layout
+        for row in self._queries:
+            if row.step > self.num_steps:  # of a killed run, whose last chunk was never finished
+                continue
+            file, where = self.path / row.file, f"{self.path / row.file} (query at mark '{row.mark}', step {row.step})"
+            if _file_digest(file) != row.sha256:
+                raise LogError(f"{where} is damaged: its sha256 is not the manifest's; restore the file from a copy")
+            gradients = safetensors.torch.load_file(file)
+            shapes = {} if layout is None else {name: (len(row.labels), *shape) for name, shape in layout.shapes.items()}
+            if {name: tuple(value.shape) for name, value in gradients.items()} != shapes:
+                raise LogError(f"{where} is damaged: its gradients are not of the parameters and shapes of the factors")
+            found[row.step] = list(row.labels), {name: gradients[name] for name in shapes}
+        return found
+
     def verify(self) -> None:
         """Read and check every chunk, also those already trusted."""
         self._trusted.clear()
         self._open.clear()
+        self.marked_queries()
         for chunk in self._chunks:
             self._chunk(chunk.start)
+            for t in range(chunk.start, chunk.stop) if self.header.factors is not None else ():
+                self.factors(t)
 
     def rows_from_end(self) -> Iterator[tuple[list[int], Tensor]]:
         """(steps, rows [n, P] before them) of every chunk, the last chunk first; memory-mapped, without checking the values."""
@@ -183,6 +230,7 @@ class LogReader:
             log_dtype=_LOG_DTYPES[data["log_dtype"]],
             rng=data["rng"],
             batch_tree=data["batch"],
+            factors=None if data.get("factors") is None else FactorSpec.from_json(data["factors"]),
         )
 
     def _check_chunks(self) -> None:
@@ -254,6 +302,18 @@ class _ChunkRow:
         return self.start + self.steps
 
 
+@dataclass(frozen=True)
+class _QueryRow:
+    """A stored query as the manifest names it."""
+
+    file: str
+    mark: str
+    step: int
+    labels: list[str]
+    sha256: str
+    bytes: int
+
+
 class _OpenChunk:
     """A chunk's memory-mapped rows and states and its steps, shapes checked against the manifest."""
 
@@ -318,27 +378,26 @@ class _OpenChunk:
         flat = zip(
             ids.split(batch_sizes), data["coefficients"].split(batch_sizes), parts, data["settings"].tolist(), absent,
             _per_step(data["rng"].unbind() if header.rng else (), counts),
-            _per_step(_stored_batches(data) if header.batch_tree is not None else (), counts),
+            _per_step(_micro_batches("batch", data) if header.batch_tree is not None else (), counts),
+            _per_step(_micro_batches("factor", data) if header.factors is not None else (), counts, header.factors is not None),
             strict=True,
         )  # fmt: skip
-        return [
-            Step(i, a, tuple(part), values, tuple(missing), rng, batches) for i, a, part, values, missing, rng, batches in flat
-        ]
+        return [Step(i, a, tuple(part), values, tuple(missing), *rest) for i, a, part, values, missing, *rest in flat]
 
 
-def _per_step(values: Sequence[Any], counts: list[int]) -> list[tuple[Any, ...]]:
+def _per_step(values: Sequence[Any], counts: list[int], is_needed: bool = False) -> list[tuple[Any, ...]]:
     """One value per micro-batch as one tuple per step; empty ones where there are no values."""
-    if values and len(values) != sum(counts):
+    if (values or is_needed) and len(values) != sum(counts):
         raise ValueError(f"{len(values)} values for {sum(counts)} micro-batches")
     ends = [0, *accumulate(counts)]
     return [tuple(values[a:b]) for a, b in pairwise(ends)]
 
 
-def _stored_batches(data: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:
+def _micro_batches(name: str, data: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:
     """The tensors of every micro-batch."""
     columns: list[list[Tensor]] = []
-    while f"batch_{len(columns)}" in data:
-        flat, shapes = data[f"batch_{len(columns)}"], data[f"batch_{len(columns)}_shapes"].tolist()
+    while (key := f"{name}_{len(columns)}") in data:
+        flat, shapes = data[key], data[f"{key}_shapes"].tolist()
         pieces = flat.split([math.prod(shape) for shape in shapes])
         columns.append([piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)])
     return list(zip(*columns, strict=True))

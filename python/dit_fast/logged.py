@@ -71,7 +71,7 @@ def open_run(
     """
     if not isinstance(trajectory, Trajectory):
         raise TypeError(f"trajectory must be a dit_fast.Trajectory, got {type(trajectory).__name__}")
-    layout = getattr(trajectory, "factor_layout", None)
+    layout = trajectory.factor_layout
     if layout is None:
         raise ValueError(
             "the log holds no factors, so it cannot be scored without a problem: give Problem(model, loss, data), or log "
@@ -84,7 +84,7 @@ def open_run(
 
 def has_factors(trajectory: Trajectory) -> bool:
     """Whether the log holds factors."""
-    return getattr(trajectory, "factor_layout", None) is not None
+    return trajectory.factor_layout is not None
 
 
 class Asked:
@@ -106,7 +106,12 @@ class Asked:
         trajectory = run.trajectory
         ends = sorted({t for window in windows for t in (window.start, window.stop)} - {0})
         needed = ends if query_at == "endpoint" else [trajectory.num_steps]
-        self._queries = [marked(trajectory, needed)] if query is None else queries.as_list(query)
+        labels: list[str] | None = None
+        if query is None:
+            found, labels = marked(trajectory, needed)
+            self._queries = [found]
+        else:
+            self._queries = queries.as_list(query)
         self._ev: Evaluator | None = None
         live = [query for query in self._queries if query.by_step is None]
         if live:
@@ -126,7 +131,7 @@ class Asked:
         if self._ev is not None:
             with self._ev.session():
                 sizes = queries.sizes(self._ev, self._queries)
-        self.names = queries.names(self._queries, sizes)
+        self.names = labels or queries.names(self._queries, sizes)
         self._at = lru_cache(maxsize=1)(self._gradients_at)
 
     def __call__(self, t: int) -> Params:
@@ -162,20 +167,25 @@ class Asked:
         )
 
 
-def marked(trajectory: Trajectory, needed: Sequence[int]) -> Query:
-    """The query that was marked in the log, with its gradients; ValueError where one is missing at a step that is needed."""
-    found: Query | None = getattr(trajectory, "marked_queries", None)
-    at = {} if found is None else found.by_step or {}
-    missing = [t for t in needed if t not in at]
-    if missing:
-        names = {step: name for name, step in trajectory.marks.items()}
-        have = ", ".join(f"{t} ('{names[t]}')" if t in names else str(t) for t in sorted(at)) or "none"
-        raise ValueError(
-            f"no query was marked at step {missing[0]}, an end of a window: queries are marked at {have}; give "
-            "query=queries.gradients({step: ...}), or other windows"
-        )
-    assert found is not None
-    return found
+def marked(trajectory: Trajectory, needed: Sequence[int]) -> tuple[Query, list[str]]:
+    """The query that was marked in the log, with its gradients, and its labels.
+
+    ValueError where one is missing at a step that is needed, or is another query than at the others.
+    """
+    at = trajectory.marked_queries
+    for t in needed:
+        if t not in at:
+            names = {step: name for name, step in trajectory.marks.items()}
+            have = ", ".join(f"{step} ('{names[step]}')" if step in names else str(step) for step in sorted(at)) or "none"
+            raise ValueError(
+                f"no query was marked at step {t}, an end of a window: queries are marked at {have}; give "
+                "query=queries.gradients({step: ...}), or other windows"
+            )
+    labels = at[needed[0]][0]
+    for t in needed:
+        if at[t][0] != labels:
+            raise ValueError(f"step {t} was marked with query {at[t][0][0]!r}, step {needed[0]} with {labels[0]!r}")
+    return queries.gradients({t: at[t][1] for t in needed}, "marked"), list(labels)
 
 
 def swept(

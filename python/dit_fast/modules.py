@@ -31,6 +31,15 @@ def data_parallel_wrapper(model: nn.Module) -> nn.parallel.DistributedDataParall
     return model
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile is among the wrappers."""
+    while not hasattr(model, "_orig_mod"):
+        if not isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            return False
+        model = model.module
+    return True
+
+
 def refuse_sharded(model: nn.Module) -> None:
     """Raise UnsupportedError for models whose parameters are spread over processes; by name, so that nothing is imported."""
     for name, module in model.named_modules():

@@ -25,19 +25,23 @@ class Stored:
 @dataclass(frozen=True)
 class Named:
     """The samples of one backward(): ids [B], coefficients a [B], the batch itself where it is stored, and whether the
-    coefficients are those of the Recorder's reduction."""
+    coefficients are those of the Recorder's reduction. batch: as it was given, where more than its copy is asked for."""
 
     ids: Tensor
     coefficients: Tensor
     stored: Stored | None
     is_plain: bool
+    batch: Any = None
 
 
 class Batches:
     """Reads what `Recorder.step` and `Recorder.batch` are given. layout: of the stored batches, once there is one."""
 
-    def __init__(self, reduction: str, num_samples: int | None, store_batches: bool) -> None:
+    def __init__(
+        self, reduction: str, num_samples: int | None, store_batches: bool, takes_batch: bool = False, needs_batch: bool = False
+    ) -> None:
         self._reduction, self._num_samples, self._store_batches = reduction, num_samples, store_batches
+        self._takes_batch, self._needs_batch = takes_batch, needs_batch
         self.layout: Any = None
 
     def read(self, where: str, ids: Any, scale: float, coefficients: Any, stored: Any) -> Named:
@@ -57,16 +61,19 @@ class Batches:
             raise ValueError(f"{where}: id {high} is outside the samples 0..{self._num_samples - 1}")
         if not math.isfinite(scale):
             raise ValueError(f"{where}: scale must be finite, got {scale}")
-        kept = self._read_stored(where, stored)
+        if self._needs_batch and stored is None:
+            raise ValueError(f"{where}: factors of this curvature need the batch: step(ids, batch=(x, y))")
+        kept = None if self._takes_batch and not self._store_batches else self._read_stored(where, stored)
+        given = stored if self._takes_batch else None
         if coefficients is None:
             share = scale / (len(batch) if self._reduction == "mean" else 1)
-            return Named(batch, torch.full((len(batch),), share, dtype=torch.float64), kept, is_plain=True)
+            return Named(batch, torch.full((len(batch),), share, dtype=torch.float64), kept, is_plain=True, batch=given)
         weights = as_doubles(coefficients)
         if weights.shape != batch.shape or not torch.isfinite(weights).all():
             raise ValueError(
                 f"{where}: coefficients must be finite, one per id: got {list(weights.shape)} for {len(batch)} ids"
             )
-        return Named(batch, weights * scale, kept, is_plain=False)
+        return Named(batch, weights * scale, kept, is_plain=False, batch=given)
 
     def _read_stored(self, where: str, stored: Any) -> Stored | None:
         """A copy of the batch on the host, on its way there where it is on a GPU."""
@@ -82,7 +89,7 @@ class Batches:
         if self.layout not in (None, layout):
             raise ValueError(f"{where}: the batch is laid out as {layout}, those before as {self.layout}")
         self.layout = layout
-        return Stored(layout, tuple(_to_host(tensor) for tensor in tensors))
+        return Stored(layout, tuple(to_host(tensor) for tensor in tensors))
 
 
 class ForwardPasses:
@@ -127,7 +134,7 @@ class ForwardPasses:
         return rng
 
 
-def _to_host(tensor: Tensor) -> Tensor:
+def to_host(tensor: Tensor) -> Tensor:
     """A copy in memory of its own; from a GPU without waiting, as the chunk's event covers it."""
     tensor = tensor.detach()
     if tensor.device.type == "cpu":

@@ -4,8 +4,8 @@ import atexit
 import os
 import warnings
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -15,11 +15,15 @@ from torch import Tensor, nn
 
 from dit_fast import directory, modules, optimizers, resumption
 from dit_fast.byte_sizes import parse_bytes
+from dit_fast.capture import Capture
 from dit_fast.errors import LogError, UnsupportedError
-from dit_fast.log import Step
+from dit_fast.factor_options import FactorOptions, read_factor_options
+from dit_fast.log import Step, StoredQuery
 from dit_fast.log_reader import LogReader
 from dit_fast.log_size import LOG_DTYPES, DiskBudget
+from dit_fast.marked_queries import query_gradients
 from dit_fast.named_batches import Batches, ForwardPasses, Named
+from dit_fast.queries import Query
 from dit_fast.ranks import Ranks
 from dit_fast.recording import Recording, Source, Watch, header_of
 
@@ -59,6 +63,16 @@ class Recorder:
         over all parameters logged) or clip_grad_value_. The Recorder does not clip; it has to be told.
     store_batches: keep the batches themselves, given as `step(ids, batch=(x, y))`, so that scores need no data: for random
         augmentation, or data that will not be there.
+    factors: True or FactorOptions(...) to log the gradients of single samples as well, so that scores need neither model nor
+        data nor parameters. They come from the forward and backward passes of the training itself: what goes into a linear,
+        convolutional (groups=1) or embedding layer and what comes back; of other layers the rows of their parameters, by
+        their backward pass once more where need be. The smallest form is kept. Each named batch must be one forward pass of
+        the model, as model(x), and one backward(), in this order. At a chunk's first step they are added up and compared with
+        the gradient: LogError where they are another's (on a GPU this is the one moment that waits for it). A tied,
+        parametrized or otherwise used parameter is refused by name; FactorOptions(layers=...) leaves it out, chooses dtype,
+        curvature and projection. A chunk also ends where its factors reach chunk_bytes. With a large `every`, such as 512,
+        parameters are stored only at both ends of each chunk. Not under DistributedDataParallel, torch.compile, closures or
+        every="auto".
     log_dtype: "bfloat16" or "float16" to halve the log of float32 parameters, at a cost in accuracy (README).
     chunk_bytes: size of a chunk on disk and of its buffer in memory, ids and stored batches not counted; with every=1 a chunk
         has 4 to 512 steps in any case, with every=k a multiple of k, at least k, and at most 512 where k is not larger.
@@ -103,6 +117,7 @@ class Recorder:
         clip_norm: float | None = None,
         clip_value: float | None = None,
         store_batches: bool = False,
+        factors: bool | FactorOptions = False,
         log_dtype: str | None = None,
         chunk_bytes: int = 64 << 20,
         queue_chunks: int = 2,
@@ -140,10 +155,15 @@ class Recorder:
         self._held = _held_parameters(optimizer)
         self._params = modules.trainable_parameters(model, self._held)
         _check_parameters(self._model, self._params, self._held)
+        self._capture = self._make_capture(model, read_factor_options(factors))
 
         self.path = Path(path)
         self._pending: list[Named] = []
-        self._batches = Batches(reduction, num_samples, store_batches)
+        capture = self._capture
+        self._batches = Batches(
+            reduction, num_samples, store_batches, capture is not None and capture.may_take_batch,
+            capture is not None and capture.needs_batch,
+        )  # fmt: skip
         self._passes = ForwardPasses()
         self._claim: directory.Claim | None = None
         self._point: resumption.Point | None = None
@@ -157,6 +177,10 @@ class Recorder:
         self._num_steps, self._marks = places[0].step, dict(places[0].marks)
         # a run that goes on may set again what it set just before it was stopped
         self._repeatable = {name for name, step in self._marks.items() if step == self._num_steps}
+        known: list[tuple[str, int]] = [] if self._point is None else self._point.log.queries
+        self._query_steps = {step: name for name, step in known if step <= self._num_steps}
+        self._asked: dict[str, StoredQuery] = {}
+        self._is_asking = False
         self._scope: _StepScope | None = None
         self._parts: list[_Part] | None = None
         self._recording: Watch | None = None
@@ -165,6 +189,7 @@ class Recorder:
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
             self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            *([] if self._capture is None else self._capture.hooks()),
         ]
         _recorded_optimizers.add(optimizer)
         _recorders.add(self)
@@ -187,7 +212,8 @@ class Recorder:
         ids: integers [B], a tensor on any device (on the CPU there is nothing to wait for), array or list; an id may
             occur several times. None: the samples named by `batch` before.
         coefficients: a_b [B], the factor of each sample's loss in the loss given to backward(); None: by `reduction`.
-        batch: with store_batches, what the problem's `unpack` takes, such as (x, y), as the model saw it.
+        batch: with store_batches, or with factors that need it, what the problem's `unpack` takes, such as (x, y), as the
+            model saw it.
         """
         self._check_open()
         if ids is None and not (coefficients is None and batch is None):
@@ -202,9 +228,14 @@ class Recorder:
         """
         self._check_open()
         self._pending.append(self._read(ids, scale, coefficients, batch))
+        self._collect()
 
-    def mark(self, name: str) -> None:
+    def mark(self, name: str, query: Query | Sequence[Query] | None = None) -> None:
         """Name this moment, such as the end of an epoch: `windows="epochs"` are the steps between marks.
+
+        query: one of dit_fast.queries or a list of them, whose gradients at the parameters as they are now are stored, so
+            that scores of windows that end here need no model. In a log with factors only, in its layers and projection;
+            the model runs in eval mode and is left as it was. `queries.loss` needs FactorOptions(per_sample_loss=...).
 
         After resume=True a mark at the step gone on from may be set once more: a kill just after it may have lost it.
         """
@@ -213,6 +244,7 @@ class Recorder:
             raise TypeError(f"a mark's name must be a non-empty string, got {name!r}")
         if name in self._marks and not (name in self._repeatable and self._marks[name] == self._num_steps):
             raise ValueError(f"mark '{name}' was set before, at step {self._marks[name]}; names must differ")
+        stored = None if query is None else self._ask(name, query)
         if self._num_steps == 0:
             warnings.warn(
                 f"mark '{name}' before the first step: a mark ends the window of the steps before it, so set it after them",
@@ -220,8 +252,34 @@ class Recorder:
                 stacklevel=2,
             )
         self._marks[name] = self._num_steps
-        if self._recording is not None:
+        if stored is not None and self._recording is not None:
+            self._recording.put_query(stored, self._marks)
+        elif stored is not None:
+            self._asked[name] = stored
+        elif self._recording is not None:
             self._recording.put_marks(self._marks)
+
+    def _ask(self, name: str, query: Query | Sequence[Query]) -> StoredQuery:
+        """The gradients of a query as it is now."""
+        if self._capture is None:
+            raise ValueError(f"mark '{name}': a query is stored in a log with factors: Recorder(..., factors=True)")
+        before = self._query_steps.get(self._num_steps)
+        if before not in (None, name):
+            raise ValueError(f"mark '{name}': a query was stored at step {self._num_steps} by mark '{before}'; one is enough")
+        header = header_of(replace(self._source(), has_dropout=modules.has_active_dropout(self._model), disk_budget=None))
+        self._is_asking = True
+        try:
+            with self._capture.paused():
+                labels, block = query_gradients(
+                    self._model, self._params, header, self._capture.options, query, self._num_steps
+                )
+        except (ValueError, LogError, UnsupportedError, TypeError) as error:
+            raise type(error)(f"mark '{name}': {error}") from error
+        finally:
+            self._is_asking = False
+        gradients = {key: value.cpu() for key, value in self._capture.project(block).items()}
+        self._query_steps[self._num_steps] = name
+        return StoredQuery(name, self._num_steps, labels, gradients)
 
     def flush(self) -> None:
         """Write every step so far and wait until it is on disk: call it before saving a checkpoint to resume from.
@@ -253,7 +311,7 @@ class Recorder:
         return self._batches.read(f"step {self._num_steps}", ids, scale, coefficients, batch)
 
     def _before_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self._elsewhere():
+        if not self._elsewhere() and not self._is_asking:
             self._passes.note(f"step {self._num_steps}", model, args, kwargs, next(iter(self._params.values())).device)
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -277,6 +335,9 @@ class Recorder:
         if not has_closure:
             self._check_named()
             absent = self._check_gradients()
+            self._collect(is_last=True)
+        elif self._capture is not None:
+            raise UnsupportedError(f"step {step}: factors are not logged where optimizer.step(closure) computes the gradients")
         elif self._ranks.size > 1:
             raise UnsupportedError(f"step {step}: optimizer.step(closure) is not supported under DistributedDataParallel")
         self._check_optimizer()
@@ -286,6 +347,8 @@ class Recorder:
             self._recording = Recording(
                 self.path, self._source(), self._chunk_bytes, self._queue_chunks, self._point, self._marks
             )
+            for stored in self._asked.values():
+                self._recording.put_query(stored, self._marks)
         else:
             self._recording = Watch(self._source())
         return _Part(self._pending, tuple(self._passes.rng), optimizers.group_settings(self._optimizer, self._rules), absent)
@@ -306,7 +369,9 @@ class Recorder:
         coefficients = torch.cat([named.coefficients for named in pending]) / size
         sizes = tuple(len(named.ids) for named in pending)
         batches = tuple(named.stored.tensors for named in pending if named.stored is not None)
-        step = Step(torch.cat([named.ids for named in pending]), coefficients, sizes, parts[0].settings, absent, rng, batches)
+        factors = () if self._capture is None else self._capture.take()
+        ids = torch.cat([named.ids for named in pending])
+        step = Step(ids, coefficients, sizes, parts[0].settings, absent, rng, batches, factors)
         if self._scope is not None:
             self._scope.done = True
         self._recording.add(step, self._marks)
@@ -336,6 +401,8 @@ class Recorder:
                 )
         if self._point is not None:
             self._rules = self._point.log.header.optimizer
+            if self._capture is not None and self._point.log.header.factors is not None:
+                self._capture.adopt(self._point.log.header.factors)
         digests = None
         if self._ranks.size > 1:
             digests = {name: modules.tensor_digest(p) for name, p in self._params.items()}
@@ -372,7 +439,10 @@ class Recorder:
         assert self._point is not None
         self._point.check_params(self._params)
         try:
-            resumption.cut(self._point, self._marks).update(self._marks, complete=True)
+            log = resumption.cut(self._point, self._marks)
+            for stored in self._asked.values():
+                log.add_query(stored)
+            log.update(self._marks, complete=True)
         except OSError as error:
             raise LogError(f"cannot write the log at {self.path}: {error.strerror or error}") from error
 
@@ -381,7 +451,26 @@ class Recorder:
         return Source(
             self._model, self._params, groups, self._optimizer, self._rules, self._reduction, self._num_samples,
             self._clip, self._every or 1, self._log_dtype, bool(self._passes.rng), self._batches.layout, self._budget(),
+            None if self._capture is None else self._capture.spec,
         )  # fmt: skip
+
+    def _make_capture(self, model: nn.Module, options: FactorOptions | None) -> Capture | None:
+        if options is None:
+            return None
+        if self._ranks.size > 1:
+            raise UnsupportedError("factors are not logged under DistributedDataParallel")
+        if modules.is_compiled(model):
+            raise UnsupportedError("factors are not logged under torch.compile, which does not run hooks as they are; "
+                                   "give factors=False or train the model uncompiled")  # fmt: skip
+        if self._every is None:
+            raise ValueError('every="auto" does not count the bytes of factors; give every=512 or another number')
+        return Capture(self._model, self._params, options, self._clip)
+
+    def _collect(self, is_last: bool = False) -> None:
+        """Factors of the backward passes so far whose samples are named."""
+        if self._capture is not None:
+            starts_chunk = self._recording is None or self._recording.starts_chunk
+            self._capture.collect(f"step {self._num_steps}", self._pending, starts_chunk, is_last)
 
     def _budget(self) -> DiskBudget | None:
         if self._disk_budget is None or self._total_steps is None:
@@ -502,6 +591,8 @@ class _StepScope:
         recorder._scope = None
         if not self.done:
             recorder._pending = []
+            if recorder._capture is not None:
+                recorder._capture.drop()
             if error is None:
                 raise LogError(f"step {recorder.num_steps}: recorder.step() ended without optimizer.step(); nothing was logged")
 

@@ -19,7 +19,8 @@ from dit_fast.background import (
     nonfinite_message,
 )
 from dit_fast.errors import LogError, UnsupportedError
-from dit_fast.log import MANIFEST, Header, LogWriter, Step, update_counts
+from dit_fast.factor_log import FactorSpec
+from dit_fast.log import MANIFEST, Header, LogWriter, Step, StoredQuery, update_counts
 from dit_fast.log_size import DiskBudget, choose_every, steps_per_chunk
 from dit_fast.optimizers import Clip, Rule
 
@@ -70,6 +71,7 @@ class Source:
     has_dropout: bool
     batch_tree: Any
     disk_budget: DiskBudget | None = None
+    factors: FactorSpec | None = None
 
 
 class Watch:
@@ -97,11 +99,19 @@ class Watch:
     def check_writer(self) -> None:
         """LogError where the log could not be written."""
 
+    @property
+    def starts_chunk(self) -> bool:
+        """Whether the next step is a chunk's first; there are none here."""
+        return False
+
     def add(self, step: Step, marks: Mapping[str, int]) -> None:
         """The step just done."""
 
     def put_marks(self, marks: Mapping[str, int]) -> None:
         """Marks set since the last step."""
+
+    def put_query(self, query: StoredQuery, marks: Mapping[str, int]) -> None:
+        """A query's gradients at a mark."""
 
     def flush(self, marks: Mapping[str, int]) -> None:
         """Everything so far onto the disk."""
@@ -140,7 +150,7 @@ class Recording(Watch):
             point.check_params(source.params)
             resumption.check_same(point.log, header, with_flags=True)
             header = point.log.header
-        self._header, self.every = header, header.every
+        self._header, self.every, self._chunk_bytes = header, header.every, chunk_bytes
         self._optimizer = source.optimizer
         self._counts = resumption.update_counts(source.params, source.optimizer) if point is None else point.counts
         self._device = _common_device(source.params)
@@ -177,6 +187,10 @@ class Recording(Watch):
         """Marks set since the last step, into the manifest."""
         self.writer.put_marks(marks)
 
+    def put_query(self, query: StoredQuery, marks: Mapping[str, int]) -> None:
+        """A query's gradients at a mark, into a file of their own."""
+        self.writer.put_query(query, marks)
+
     def add(self, step: Step, marks: Mapping[str, int]) -> None:
         """The step just done; waits only where every buffer is full."""
         buffer, every = self._buffer, self._header.every
@@ -184,17 +198,29 @@ class Recording(Watch):
         number = len(buffer.steps)
         self._counts = update_counts(self._header, self._counts, [step])[1]
         self._rows.copy(buffer, None if number % every else number // every)
+        buffer.factor_bytes += step.factor_bytes
         if number == buffer.capacity:
             self._next_chunk(marks)
+        elif buffer.factor_bytes >= self._chunk_bytes:  # factors are kept beside the buffer, which is not full yet
+            self._end_chunk(marks)
         elif every > 1 and number % every == 0:
             self._copy_state(number // every)
 
     def flush(self, marks: Mapping[str, int]) -> None:
         """End the chunk here and wait until it is on disk."""
-        if number := len(self._buffer.steps):
-            self._rows.copy_last(self._buffer, self._header.num_rows(number) - 1)
-            self._next_chunk(marks)
+        if self._buffer.steps:
+            self._end_chunk(marks)
         self.writer.drain()
+
+    @property
+    def starts_chunk(self) -> bool:
+        """Whether the next step is a chunk's first."""
+        return not self._buffer.steps
+
+    def _end_chunk(self, marks: Mapping[str, int]) -> None:
+        """The last row where the last step left it, and the next chunk."""
+        self._rows.copy_last(self._buffer, self._header.num_rows(len(self._buffer.steps)) - 1)
+        self._next_chunk(marks)
 
     def _next_chunk(self, marks: Mapping[str, int]) -> None:
         """Hand the chunk to the writer and begin another with its last row and the state as it is now."""
@@ -268,6 +294,7 @@ def _header(source: Source, fixed: list[_Fixed]) -> Header:
         log_dtype=source.log_dtype,
         rng=next(iter(source.params.values())).device.type if source.has_dropout else None,
         batch_tree=source.batch_tree,
+        factors=source.factors,
     )
 
 

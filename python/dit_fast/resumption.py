@@ -10,7 +10,7 @@ from torch import Tensor
 from dit_fast import modules
 from dit_fast.directory import log_files
 from dit_fast.errors import LogError
-from dit_fast.log import Header, LogWriter, chunk_number
+from dit_fast.log import Header, LogWriter, chunk_number, query_number
 from dit_fast.log_reader import LogReader
 
 # what must be as it was besides the parameters and the optimizer: field of the header → how a message calls it
@@ -133,6 +133,12 @@ def _differences(then: Header, now: Header, with_flags: bool) -> Iterable[str]:
     for name in buffers.keys() | own.keys():
         if name not in buffers or name not in own or not _same(buffers[name], own[name]):
             yield f"buffer '{name}' is another one"
+    if (then.factors is None) != (now.factors is None):
+        yield f"factors are {'not ' if then.factors is None else ''}logged in it"
+    elif then.factors is not None and now.factors is not None:
+        difference = then.factors.difference(now.factors, with_parts=with_flags)
+        if difference is not None:
+            yield difference
     if with_flags:
         if (then.rng is None) != (now.rng is None):
             yield f"dropout was {'in' if then.rng is None else ''}active in it and is not so now"
@@ -161,9 +167,9 @@ def cut(point: Point, marks: Mapping[str, int]) -> LogWriter:
     Raises OSError, and LogError for a damaged chunk.
     """
     log, path = point.log, point.log.path
-    generations = [found[1] for file in log_files(path) if (found := chunk_number(file.name)) is not None]
+    generations = [found[1] for file in log_files(path) if (found := chunk_number(file.name) or query_number(file.name))]
     num_chunks, rest = log.beginning(point.step)
-    writer = LogWriter.resume(path, log.header, log.manifest, num_chunks, max(generations, default=0) + 1)
+    writer = LogWriter.resume(path, log.header, log.manifest, num_chunks, max(generations, default=0) + 1, point.step)
     if rest is None:
         writer.update(marks, complete=False)
     else:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_fast.arrays import has_length, integer, read_arrays
 from dit_fast.errors import LogError
+from dit_fast.factored import Factors, Layout
 from dit_fast.log import Header, Step, from_tree
 from dit_fast.log_reader import LogReader
 from dit_fast.optimizers import Clip, Rule, State
@@ -49,6 +50,10 @@ class _Source(Protocol):
     def segment(self, t: int) -> tuple[int, int]: ...
     def step(self, t: int) -> Step: ...
     def verify(self) -> None: ...
+    @property
+    def factor_layout(self) -> Layout | None: ...
+    def factors(self, t: int) -> list[Factors]: ...
+    def marked_queries(self) -> dict[int, tuple[list[str], dict[str, Tensor]]]: ...
 
 
 class Trajectory:
@@ -259,6 +264,31 @@ class Trajectory:
     def stores_batches(self) -> bool:
         """Whether the batches themselves are in the log, so that a Problem needs no data."""
         return self._source.header.batch_tree is not None
+
+    @property
+    def factor_layout(self) -> Layout | None:
+        """What is the same in the per-sample gradients of all steps, where they are logged (`Recorder(..., factors=True)`):
+        the parameters covered and the shapes they are projected to, curvature, l2, projections, dtype; else None.
+
+        LogError where the projections cannot be made again as they were.
+        """
+        return self._source.factor_layout
+
+    def factors(self, t: int) -> list[Factors]:
+        """The per-sample gradients of step t in factors, one per micro-batch, on the CPU in the dtype they are stored in.
+
+        LogError where the log holds none, or where they are damaged.
+        """
+        return self._source.factors(self._checked(t, self.num_steps - 1))
+
+    @property
+    def marked_queries(self) -> dict[int, tuple[list[str], dict[str, Tensor]]]:
+        """step → (a label for each of Q values, q [Q, *shape] per parameter) of the queries stored by `recorder.mark(name,
+        query=...)` when so many steps were done, in the shapes of `factor_layout`; read anew at each use.
+
+        LogError where a file is missing or damaged.
+        """
+        return self._source.marked_queries()
 
     def rng_states(self, t: int) -> tuple[Tensor, ...]:
         """The random generator's state before each micro-batch of step t; empty where not logged."""
