@@ -31,14 +31,17 @@ def rows_of(part: Part) -> Tensor:
 
 
 def placed(factors: Factors, device: torch.device, dtype: torch.dtype) -> Factors:
-    """The same on a device and in a dtype; ids and coefficients stay as they are (float64)."""
+    """The same on a device and in a dtype, as the ops take it; slopes, curvature and coefficients in float64."""
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype).contiguous()
 
     def part(part: Part) -> Part:
         if isinstance(part, Outer):
-            return replace(part, inputs=part.inputs.to(device, dtype), deltas=part.deltas.to(device, dtype))
+            return replace(part, inputs=place(part.inputs), deltas=place(part.deltas))
         if isinstance(part, Lookup):
-            return replace(part, indices=part.indices.to(device), deltas=part.deltas.to(device, dtype))
-        return replace(part, rows=part.rows.to(device, dtype))
+            return replace(part, indices=part.indices.to(device), deltas=place(part.deltas))
+        return replace(part, rows=place(part.rows))
 
     return replace(
         factors,
@@ -60,7 +63,7 @@ def gradients_alone(factors: Factors) -> Factors:
     def weighted(rows: Tensor) -> Tensor:
         if slopes.shape[1] == 1:
             return rows * slopes.to(rows).view(-1, *[1] * (rows.ndim - 1))
-        return torch.einsum("br,br...->b...", slopes.to(rows), rows)[:, None]
+        return torch.einsum("br,br...->b...", slopes.to(rows), rows)[:, None].contiguous()
 
     def part(part: Part) -> Part:
         if isinstance(part, Plain):
