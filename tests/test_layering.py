@@ -75,7 +75,7 @@ ALLOWED = {
     ),
     "recognize": "mlp problem",
     "native": "data errors linearize log mlp ops optimizers plan problem queries recognize sweep",
-    "factors": "linearize ops problem sweep",
+    "factors": "data errors factor_products factored layer_factors linearize ops output_slopes problem sweep",
     "native_retrain": "mlp native ops problem queries recognize",
     "duals": "",
     "layers": "duals problem recognize",
