@@ -1,9 +1,11 @@
 """From the Recorder's hooks to scores without a problem: what users do, against the literal estimator on the same log."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import make_case, relative_error, schedule
-from factor_cases import factor_case
+from factor_cases import FactorTrajectory, factor_case
 
 import dit_fast
 from dit_fast import FactorOptions, reference
@@ -58,3 +60,15 @@ def test_a_recorded_run_is_scored_without_its_problem(net, hessian, optimizer, e
     if optimizer == "momentum":
         gram = score_logged(trajectory, None, None, "epochs", hessian=hessian, form="gram")
         assert relative_error(gram.scores, slow.scores, scale) < 1e-10
+
+
+def test_factors_of_another_loss_are_met_between_snapshots(tmp_path):
+    case = make_case("mlp")
+    _, _, trajectory, _ = record(tmp_path / "log", "mlp", "sgd", FactorOptions(per_sample_loss=case.loss), every=4)
+    twice = [[replace(f, slopes=2 * f.slopes) for f in trajectory.factors(t)] for t in range(trajectory.num_steps)]
+    other = FactorTrajectory(trajectory._source, twice, trajectory.factor_layout)
+    options = {"windows": "epochs", "hessian": "fisher"}
+    query = dit_fast.queries.gradients({t: value[1] for t, value in trajectory.marked_queries.items()})
+    with pytest.raises(dit_fast.LogError, match="the replay misses the parameters stored before step 4"):
+        dit_fast.score(other, None, query, **options)
+    dit_fast.score(trajectory, None, query, **options)

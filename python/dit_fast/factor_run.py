@@ -156,11 +156,16 @@ def points(run: FactorRun, budget: int, check: bool) -> BarePoints | Replay:
     return Replay(run, not is_linear, budget, check and run.is_lossless)
 
 
-def check_factors(run: FactorRun, last: int) -> None:
-    """Take a few steps before `last` by the factors; LogError where one is not the step that was logged."""
+def check_factors(run: FactorRun, last: int, budget: int) -> None:
+    """Take a few steps before `last` by the factors; LogError where one is not the step that was logged.
+
+    Between snapshots it is a whole segment that must meet the next one, within `budget` bytes.
+    """
     trajectory = run.trajectory
-    if not run.is_lossless or (trajectory.clip.norm and run.uncovered):
+    if not run.is_lossless:
         return
+    if trajectory.every > 1 and min(last, trajectory.segment(0)[1]) > 1:
+        Replay(run, True, budget).at(1)
     for t in sorted({0, last // 2, last - 1}):
         state = trajectory.state(t) if trajectory.slots else {}
         if not (trajectory.has_params(t) and trajectory.has_params(t + 1)) or state is None:

@@ -122,7 +122,7 @@ def build_index(
         )
     with numerics.full_precision(), torch.inference_mode(False), torch.no_grad():
         if check:
-            check_factors(run, ends[-1])
+            check_factors(run, ends[-1], int(plan.REPLAY_SHARE * budget))
         refused = _not_forward(run, ends)
         if refused is None:
             changes, why = _forward(run, ends, budget, check, show_progress), "forward"

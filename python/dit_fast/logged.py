@@ -47,7 +47,7 @@ def score_logged(
     with numerics.full_precision(), torch.inference_mode(False), torch.no_grad():
         budget = plan.memory_budget(memory_budget, run.device)
         if check:
-            check_factors(run, max(window.stop for window in spans))
+            check_factors(run, max(window.stop for window in spans), int(plan.REPLAY_SHARE * budget))
         asked = Asked(run, problem, query, query_at, spans, budget)
         scores, meta = swept(run, spans, asked, budget, check, show_progress, form)
     return Influence(
