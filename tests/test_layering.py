@@ -67,15 +67,16 @@ ALLOWED = {
     "sweep": "errors plan problem replay",
     # factors
     "factor_products": "factored ops",
+    "factors": "data errors factor_products factored layer_factors linearize ops output_slopes problem sweep",
     "factor_run": "errors factor_products factored linearize problem replay trajectory",
     "fused": "errors factor_products factor_run plan sweep",
     "gram": "byte_sizes errors factor_products factor_run factored fused plan sweep trajectory",
     "logged": (
-        "factor_products factor_run fused gram linearize numerics plan problem progress queries replay result sweep trajectory"
+        "errors factor_products factor_run factored factors fused gram linearize numerics plan problem progress queries replay "
+        "result sweep trajectory"
     ),
     "recognize": "mlp problem",
     "native": "data errors linearize log mlp ops optimizers plan problem queries recognize sweep",
-    "factors": "data errors factor_products factored layer_factors linearize ops output_slopes problem sweep",
     "native_retrain": "mlp native ops problem queries recognize",
     "duals": "",
     "layers": "duals problem recognize",

@@ -124,6 +124,28 @@ def are_alike(factors: Factors, other: Factors) -> bool:
     return [(type(p), *names(p)) for p in factors.parts] == [(type(p), *names(p)) for p in other.parts]
 
 
+def in_parts_of(factors: Factors, like: Factors) -> Factors | None:
+    """The same rows in the parts that others of these parameters have, written out where those are; None where not."""
+    own = {tuple(names(part)): part for part in factors.parts}
+    parts: list[Part] = []
+    for part in like.parts:
+        found = own.get(tuple(names(part)))
+        if found is not None and type(found) is type(part):
+            parts.append(found)
+            continue
+        if not isinstance(part, Plain):
+            return None
+        outer = next((p for p in factors.parts if isinstance(p, Outer) and part.name in names(p)), None)
+        if outer is None:
+            return None
+        if part.name == outer.bias:
+            rows = outer.deltas.sum(2)
+        else:
+            rows = torch.einsum("brso,bsi->broi", outer.deltas, outer.inputs).unflatten(3, part.rows.shape[3:])
+        parts.append(Plain(part.name, rows))
+    return replace(factors, parts=tuple(parts))
+
+
 def _no_dots(factors: Factors, block: Mapping[str, Tensor]) -> Tensor:
     first = next(iter(block.values()))
     return torch.zeros(len(first), *factors.slopes.shape, dtype=torch.float64, device=first.device)

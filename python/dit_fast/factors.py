@@ -35,7 +35,7 @@ def refusal(ev: Evaluator, params: Params, batch: Batch, hessian: Hessian, only_
     if ev.device.type == "cuda" and not ops.build_info()["cuda_compiled"]:
         return "the CUDA part of dit_fast is not compiled"
     try:
-        layers = _layers(ev)
+        layers = layers_of(ev)
         other = next((layer for layer in layers if layer.kind != "linear"), None)
         if only_linear and other is not None:
             return f"{other} is no linear layer"
@@ -53,7 +53,7 @@ def refusal(ev: Evaluator, params: Params, batch: Batch, hessian: Hessian, only_
 
 def linearizer(ev: Evaluator, hessian: Hessian, needs_gradient: bool) -> Linearizer:
     """`linearize` by factors; needs_gradient: else the gradient is left empty."""
-    layers = _layers(ev)
+    layers = layers_of(ev)
     by_factors = factor_products.linearizer(ev.shapes, ev.l2, hessian != "none", needs_gradient)
 
     def run(params: Params, batch: Batch) -> Linearized:
@@ -125,7 +125,7 @@ def _detached(part: Part) -> Part:
     return type(part)(**(vars(part) | values))
 
 
-def _layers(ev: Evaluator) -> list[Layer]:
+def layers_of(ev: Evaluator) -> list[Layer]:
     """The modules that own the logged parameters."""
     model = ev.problem.model
     return find_layers(model, {name: p for name, p in model.named_parameters() if name in ev.shapes}, ())
