@@ -12,6 +12,7 @@ import shutil
 import statistics
 import time
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -139,6 +140,69 @@ def bench_recorded_loop(benchmark, loop, tmp_path, every):
     if not benchmark.disabled:
         share = (mean if statistics.median(disk) > 1.25 * need else median) / step
         assert share <= ALLOWED, benchmark.extra_info
+
+
+NETS = {"W3": ((784, 1024, 1024, 10), 128), "small": ((64, 32, 10), 64)}
+FACTORS = {
+    "parameters alone": False,
+    "factors": True,
+    "factors in bfloat16": dit.FactorOptions(dtype="bfloat16"),
+    "factors projected to 32": dit.FactorOptions(project=32),
+    "sampled ggn": dit.FactorOptions(
+        curvature="sampled ggn", per_sample_loss=lambda z, y: nn.functional.cross_entropy(z, y, reduction="none")
+    ),
+}
+
+
+@pytest.mark.benchmark(group="factors")
+@pytest.mark.parametrize("kind", FACTORS)
+@pytest.mark.parametrize("net", NETS)
+def bench_recorded_factors(benchmark, tmp_path, net, kind):
+    """What factors add to a whole training step, forward and backward hooks included; parameters with every=512."""
+    widths, batch = NETS[net]
+    if benchmark.disabled:
+        widths, batch = (12, 8, 3), 4
+    torch.manual_seed(0)
+    layers = [layer for i, o in pairwise(widths) for layer in (nn.Linear(i, o), nn.ReLU())]
+    model = nn.Sequential(*layers[:-1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    x, y = torch.randn(2048, widths[0]), torch.randint(widths[-1], (2048,))
+    batches = torch.randint(2048, (4 if benchmark.disabled else 100, batch))
+    takes_batch = getattr(FACTORS[kind], "curvature", "fisher") != "fisher"
+
+    def loop(recorder=None):
+        start = time.perf_counter()
+        for ids in batches:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[ids]), y[ids]).backward()
+            if recorder is None:
+                optimizer.step()
+            else:
+                with recorder.step(ids, batch=(x[ids], y[ids]) if takes_batch else None):
+                    optimizer.step()
+        return (time.perf_counter() - start) / len(batches)
+
+    plain, recorded = [], []
+    loop()
+
+    def both():
+        with dit.Recorder(tmp_path / "log", model, optimizer, every=512, factors=FACTORS[kind], overwrite=True) as recorder:
+            recorded.append(loop(recorder))
+        plain.append(loop())
+
+    benchmark.pedantic(both, rounds=1 if benchmark.disabled else 5)
+    run = dit.Trajectory.open(tmp_path / "log")
+    run.verify()
+    assert run.num_steps == len(batches) and (run.factor_layout is None) == (FACTORS[kind] is False)
+    kept = sum(step.factor_bytes for step in run.steps(0, run.num_steps))
+    step = statistics.median(plain)
+    benchmark.extra_info |= {
+        "plain step, ms": round(step * 1e3, 3),
+        "recorded step, ms": round(statistics.median(recorded) * 1e3, 3),
+        "added, share of the step": round(statistics.median(recorded) / step - 1, 3),
+        "bytes of factors per step": kept // len(batches),
+        "bytes of parameters": sum(p.numel() * p.element_size() for p in model.parameters()),
+    }
 
 
 def chunk_sizes(path):

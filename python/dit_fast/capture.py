@@ -317,7 +317,8 @@ class Capture:
         dtype, wide = self.spec.torch_dtype, next(iter(self._params.values())).dtype
         kept = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in stored]
         lead = [tensor.to(torch.float64 if wide == torch.float64 else torch.float32) for tensor in leading]
-        return tuple(to_host(tensor) for tensor in (*lead, *kept))
+        borrowed = {value.untyped_storage().data_ptr() for call in run.calls for value in (*call.inputs, *_given(call))}
+        return tuple(_kept(tensor, borrowed) for tensor in (*lead, *kept))
 
     def _deltas(self, call: _LayerCall, named: Named, num_rows: int) -> Tensor:
         """[B, R, …]: the gradients of rows at a layer's output."""
@@ -339,6 +340,8 @@ class Capture:
                 len(named.ids), num_rows, *call.shape[1:], dtype=next(iter(self._params.values())).dtype
             )
         rows += [None] * (num_rows - len(rows))
+        if num_rows == 1:
+            return example.detach()[:, None]
         return torch.stack([torch.zeros_like(example) if row is None else row.detach() for row in rows], 1)
 
     def _refuse_unseen(self, layer: Layer, calls: Sequence[Call]) -> None:
@@ -392,6 +395,19 @@ class Capture:
         if self.options.curvature == "sampled ggn":
             check_is_likelihood(output, curvature)
         return (slopes, curvature) if self.options.curvature == "ggn" else ()
+
+
+def _given(call: _LayerCall) -> list[Tensor]:
+    """Gradients that autograd may still own."""
+    return [value for value in (call.arrived, *call.rows) if value is not None]
+
+
+def _kept(tensor: Tensor, borrowed: set[int]) -> Tensor:
+    """On the host in memory of its own, which it may have already."""
+    storage = tensor.untyped_storage()
+    is_whole = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.element_size()
+    is_own = tensor.device.type == "cpu" and is_whole and storage.data_ptr() not in borrowed
+    return tensor if is_own else to_host(tensor)
 
 
 def _version(tensor: Tensor) -> int:

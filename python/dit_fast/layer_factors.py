@@ -176,8 +176,8 @@ def _linear(layer: Layer, calls: Sequence[Call], size: int, num_rows: int) -> li
     weight = layer.module.weight
     assert isinstance(weight, Tensor)
     if calls:
-        inputs = torch.cat([c.inputs[0].reshape(size, -1, weight.shape[1]) for c in calls], 1)
-        deltas = torch.cat([_positions(c.deltas) for c in calls], 2)
+        inputs = _joined([c.inputs[0].reshape(size, -1, weight.shape[1]) for c in calls], 1)
+        deltas = _joined([_positions(c.deltas) for c in calls], 2)
     else:
         inputs, deltas = weight.new_zeros(size, 1, weight.shape[1]), weight.new_zeros(size, num_rows, 1, weight.shape[0])
     return [Outer(layer.names["weight"], layer.names.get("bias"), inputs, deltas)]
@@ -206,7 +206,7 @@ def _embedding(layer: Layer, calls: Sequence[Call], size: int, num_rows: int) ->
     deltas = [_positions(c.deltas, module.embedding_dim) for c in calls] or [
         weight.new_zeros(size, num_rows, 1, weight.shape[1])
     ]
-    where, rows = torch.cat(indices, 1), torch.cat(deltas, 2)
+    where, rows = _joined(indices, 1), _joined(deltas, 2)
     if module.padding_idx is not None:  # torch gives that row no gradient
         rows = rows.masked_fill((where == module.padding_idx)[:, None, :, None], 0)
     return [Lookup(layer.names["weight"], where, rows)]
@@ -299,6 +299,11 @@ def geometry_of(module: nn.Conv2d) -> Geometry:
         padding = (module.padding[1], module.padding[1], module.padding[0], module.padding[0])
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return Geometry(kernel, stride, dilation, padding, mode)
+
+
+def _joined(pieces: list[Tensor], dim: int) -> Tensor:
+    """End to end; one piece as it is, without a copy."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
 def _value(layer: Layer, role: str) -> Tensor:
