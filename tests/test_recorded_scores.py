@@ -60,6 +60,9 @@ def test_a_recorded_run_is_scored_without_its_problem(net, hessian, optimizer, e
     if optimizer == "momentum":
         gram = score_logged(trajectory, None, None, "epochs", hessian=hessian, form="gram")
         assert relative_error(gram.scores, slow.scores, scale) < 1e-10
+        # the query's own factors, made from the problem, in the forms that the log has chosen
+        live = score_logged(trajectory, problem, query, "epochs", hessian=hessian, form="gram")
+        assert relative_error(live.scores, slow.scores, scale) < 1e-10
 
 
 def test_factors_of_another_loss_are_met_between_snapshots(tmp_path):
