@@ -135,7 +135,14 @@ class FactorTrajectory(Trajectory):
 
     @property
     def marked_queries(self):
-        return self._marked
+        """As the log has them: step → (labels, parameter → [Q, *shape])."""
+        found = {}
+        for t, flat in ({} if self._marked is None else self._marked.by_step).items():
+            shapes = {name: shape for name, (shape, _) in self.parameters.items()}
+            pieces = flat.split([shape.numel() for shape in shapes.values()], 1)
+            named = {n: piece.view(-1, *shape) for (n, shape), piece in zip(shapes.items(), pieces, strict=True)}
+            found[t] = (self._marked.names(len(flat)), named)
+        return found
 
     def factors(self, t):
         return list(self._factors[t])

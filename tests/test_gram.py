@@ -45,7 +45,7 @@ def test_products_of_rows(net, curvature, written_out, monkeypatch):
     run = factor_run(net)
     logged = with_factors(run, curvature)
     opened = open_run(logged, "fisher" if curvature == "fisher" else "ggn", None, None)
-    history = gram._History(opened, 1, 7)
+    history = gram._History(opened, 1, 100)
     steps = [literal_factors(run, t, curvature) for t in (2, 4, 6)]
     for factors in steps[:2]:
         history.append(factors, torch.zeros(1, *factors.slopes.shape))
@@ -89,3 +89,25 @@ def test_sequences_of_several_lengths_are_swept_in_parameters():
     assert relative_error(result.scores, swept.scores) < 1e-12
     with pytest.raises(ValueError, match="step 2: sequences of another length than in later steps"):
         score_logged(trajectory, None, query, form="gram", **options)
+
+
+@pytest.mark.parametrize("net", ["mlp", "cnn", "tokens"])
+def test_queries_of_single_samples_need_no_block_of_parameters(net, monkeypatch):
+    """queries.losses, in factors made from the problem, against their dense gradients."""
+    run = factor_run(net, weight_decay=0.02)
+    trajectory = with_factors(run)
+    query = dit_fast.queries.losses(run.case.x_val, run.case.y_val)
+    windows = [(0, 7), (2, 5)]
+    asked = {"hessian": "fisher", "backend": "factors"}
+    slow = dit_fast.reference.score(run.trajectory(), run.problem(), query, windows, hessian="fisher")
+    scale = slow.scores[0].abs().amax(-1)
+    monkeypatch.setattr(gram._DenseQueries, "dots", lambda *_: pytest.fail("a dense query"))
+    found = score_logged(trajectory, run.problem(), query, windows, form="gram")
+    assert relative_error(found.scores, slow.scores, scale) < 1e-12
+    monkeypatch.setattr(gram, "columns_per_sweep", lambda *_: 5)
+    pieces = score_logged(trajectory, run.problem(), query, windows, form="gram")
+    assert pieces.meta["sweeps"] > 1
+    assert relative_error(pieces.scores, slow.scores, scale) < 1e-12
+    monkeypatch.undo()
+    chosen = dit_fast.score(trajectory, run.problem(), query, windows, **asked)
+    assert relative_error(chosen.scores, slow.scores, scale) < 1e-12

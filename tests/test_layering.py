@@ -78,13 +78,14 @@ ALLOWED = {
     "factor_run": "errors factor_products factored linearize problem replay trajectory",
     "fused": "errors factor_products factor_run plan sweep",
     "gram": "byte_sizes errors factor_products factor_run factored fused plan sweep trajectory",
-    "logged": (
-        "factor_products factor_run fused gram linearize numerics plan problem progress queries replay result sweep trajectory"
-    ),
     "recognize": "mlp problem",
     "native": "data errors linearize log mlp mlp_gemm mlp_team ops optimizers plan problem queries recognize sweep",
     "native_team": "errors linearize mlp_team native plan problem sweep",
-    "factors": "linearize ops problem sweep",
+    "factors": "data errors factor_products factored layer_factors linearize ops output_slopes problem sweep",
+    "logged": (
+        "errors factor_products factor_run factored factors fused gram linearize numerics plan problem progress queries "
+        "replay result sweep trajectory"
+    ),
     "native_retrain": "mlp mlp_team native ops problem queries recognize",
     "duals": "",
     "layers": "duals problem recognize",

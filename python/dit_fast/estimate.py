@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 # layer that inputs go into takes less, since no gradient of the inputs is wanted: exact 2F, none 1F
 SHARED = {"exact": 3, "ggn": 5, "fisher": 3, "none": 3}
 PER_COLUMN = {"exact": 6, "ggn": 4, "fisher": 4, "none": 2}
-PER_COLUMN_FACTORS = {"fisher": 2, "none": 1}
+PER_COLUMN_FACTORS = {"fisher": 2, "ggn": 2, "none": 1}
 PER_COLUMN_FORWARD_OVER_REVERSE = 9
 # the compiled sweep takes no weight gradient of its own: forward and backward once, then dual numbers per column
 SHARED_NATIVE = 2

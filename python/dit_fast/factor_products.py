@@ -31,14 +31,17 @@ def rows_of(part: Part) -> Tensor:
 
 
 def placed(factors: Factors, device: torch.device, dtype: torch.dtype) -> Factors:
-    """The same on a device and in a dtype; ids and coefficients stay as they are (float64)."""
+    """The same on a device and in a dtype, as the ops take it; slopes, curvature and coefficients in float64."""
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype).contiguous()
 
     def part(part: Part) -> Part:
         if isinstance(part, Outer):
-            return replace(part, inputs=part.inputs.to(device, dtype), deltas=part.deltas.to(device, dtype))
+            return replace(part, inputs=place(part.inputs), deltas=place(part.deltas))
         if isinstance(part, Lookup):
-            return replace(part, indices=part.indices.to(device), deltas=part.deltas.to(device, dtype))
-        return replace(part, rows=part.rows.to(device, dtype))
+            return replace(part, indices=part.indices.to(device), deltas=place(part.deltas))
+        return replace(part, rows=place(part.rows))
 
     return replace(
         factors,
@@ -60,7 +63,7 @@ def gradients_alone(factors: Factors) -> Factors:
     def weighted(rows: Tensor) -> Tensor:
         if slopes.shape[1] == 1:
             return rows * slopes.to(rows).view(-1, *[1] * (rows.ndim - 1))
-        return torch.einsum("br,br...->b...", slopes.to(rows), rows)[:, None]
+        return torch.einsum("br,br...->b...", slopes.to(rows), rows)[:, None].contiguous()
 
     def part(part: Part) -> Part:
         if isinstance(part, Plain):
@@ -73,16 +76,16 @@ def gradients_alone(factors: Factors) -> Factors:
 
 def row_dots(factors: Factors, block: Mapping[str, Tensor], scales: Mapping[str, float] | None = None) -> Tensor:
     """⟨U_k, J_br⟩ [K, B, R] float64; each parameter's part times its `scales` where they are given."""
-    first = next(iter(block.values()))
-    total = torch.zeros(len(first), *factors.slopes.shape, dtype=torch.float64, device=first.device)
     groups: dict[float, list[Part]] = {}
     for part in factors.parts:
         for scale, piece in _by_scale(part, scales):
             groups.setdefault(scale, []).append(piece)
+    total = _no_dots(factors, block)
     for scale, parts in groups.items():
         if scale == 0:
             continue
-        target = total if scale == 1 or len(groups) == 1 else torch.zeros_like(total)
+        target = total if len(groups) == 1 else torch.zeros_like(total)
+        ops.grad_dot_layers(target, [(p.deltas, p.inputs, *_directions(p, block)) for p in parts if isinstance(p, Outer)])
         for part in parts:
             _add_dots(part, block, target)
         if target is not total:
@@ -90,6 +93,67 @@ def row_dots(factors: Factors, block: Mapping[str, Tensor], scales: Mapping[str,
         elif scale != 1:
             total.mul_(scale)
     return total
+
+
+def add_rows(factors: Factors, weights: Tensor, block: Mapping[str, Tensor], alpha: float = 1.0) -> None:
+    """U_k = alpha·U_k + Σ_br weights[k,b,r] J_br in place, weights [K, B, R] float64."""
+    weights = weights.contiguous()
+    layers = [(*_directions(p, block), p.deltas, p.inputs) for p in factors.parts if isinstance(p, Outer)]
+    ops.lowrank_update_layers(weights, layers, alpha)
+    for part in factors.parts:
+        _add_rows(part, weights, block, alpha)
+
+
+def add_rows_and_dot(
+    factors: Factors, weights: Tensor, after: Factors, block: Mapping[str, Tensor], alpha: float = 1.0
+) -> Tensor:
+    """`add_rows` and then `row_dots` of other factors of the same layers, in one pass over the layers' U."""
+    weights, total = weights.contiguous(), _no_dots(after, block)
+    own, other = ([p for p in f.parts if isinstance(p, Outer)] for f in (factors, after))
+    layers = [(*_directions(p, block), p.deltas, p.inputs, q.deltas, q.inputs) for p, q in zip(own, other, strict=True)]
+    ops.update_dot_layers(weights, total, layers, alpha)
+    for part in factors.parts:
+        _add_rows(part, weights, block, alpha)
+    for part in after.parts:
+        _add_dots(part, block, total)
+    return total
+
+
+def are_alike(factors: Factors, other: Factors) -> bool:
+    """Whether both have the same layers in the same order."""
+    return [(type(p), *names(p)) for p in factors.parts] == [(type(p), *names(p)) for p in other.parts]
+
+
+def in_parts_of(factors: Factors, like: Factors) -> Factors | None:
+    """The same rows in the parts that others of these parameters have, written out where those are; None where not."""
+    own = {tuple(names(part)): part for part in factors.parts}
+    parts: list[Part] = []
+    for part in like.parts:
+        found = own.get(tuple(names(part)))
+        if found is not None and type(found) is type(part):
+            parts.append(found)
+            continue
+        if not isinstance(part, Plain):
+            return None
+        outer = next((p for p in factors.parts if isinstance(p, Outer) and part.name in names(p)), None)
+        if outer is None:
+            return None
+        if part.name == outer.bias:
+            rows = outer.deltas.sum(2)
+        else:
+            rows = torch.einsum("brso,bsi->broi", outer.deltas, outer.inputs).unflatten(3, part.rows.shape[3:])
+        parts.append(Plain(part.name, rows))
+    return replace(factors, parts=tuple(parts))
+
+
+def _no_dots(factors: Factors, block: Mapping[str, Tensor]) -> Tensor:
+    first = next(iter(block.values()))
+    return torch.zeros(len(first), *factors.slopes.shape, dtype=torch.float64, device=first.device)
+
+
+def _directions(part: Outer, block: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """U [K, O, I] and v [K, O] of a layer."""
+    return block[part.weight].flatten(2), None if part.bias is None else block[part.bias]
 
 
 def _by_scale(part: Part, scales: Mapping[str, float] | None) -> list[tuple[float, Part]]:
@@ -104,45 +168,24 @@ def _by_scale(part: Part, scales: Mapping[str, float] | None) -> list[tuple[floa
 
 
 def _add_dots(part: Part, block: Mapping[str, Tensor], total: Tensor) -> None:
-    """Adds the part's ⟨U_k, J_br⟩ to total [K, B, R]."""
-    if isinstance(part, Outer):
-        weight = block[part.weight].flatten(2)
-        bias = None if part.bias is None else block[part.bias]
-        if part.deltas.shape[1] == 1:
-            ops.grad_dot(total[:, :, 0], part.deltas[:, 0], part.inputs, weight, bias)
-            return
-        z = torch.einsum("koi,bsi->kbso", weight, part.inputs)
-        if bias is not None:
-            z += bias[:, None, None]
-        total += torch.einsum("kbso,brso->kbr", z.double(), part.deltas.double())
-    elif isinstance(part, Lookup):
+    """Adds the ⟨U_k, J_br⟩ of what is no layer of the ops."""
+    if isinstance(part, Lookup):
         found = block[part.weight][:, part.indices]  # [K, B, S, O]
         total += torch.einsum("kbso,brso->kbr", found.double(), part.deltas.double())
-    else:
+    elif isinstance(part, Plain):
         rows = part.rows.flatten(2)
         total += (block[part.name].flatten(1).double() @ rows.flatten(0, 1).double().T).view(total.shape)
 
 
-def add_rows(factors: Factors, weights: Tensor, block: Mapping[str, Tensor]) -> None:
-    """U_k += Σ_br weights[k,b,r] J_br in place, weights [K, B, R] float64."""
-    for part in factors.parts:
-        if isinstance(part, Outer):
-            weight = block[part.weight].flatten(2)
-            bias = None if part.bias is None else block[part.bias]
-            if part.deltas.shape[1] == 1:
-                ops.lowrank_update(weight, bias, weights[:, :, 0].contiguous(), part.deltas[:, 0], part.inputs)
-                continue
-            deltas = torch.einsum("kbr,brso->kbso", weights.to(part.deltas), part.deltas)
-            inputs = part.inputs.flatten(0, 1)
-            torch.baddbmm(weight, deltas.flatten(1, 2).mT, inputs.expand(len(weight), -1, -1), out=weight)
-            if bias is not None:
-                bias += deltas.sum((1, 2))
-        elif isinstance(part, Lookup):
-            deltas = torch.einsum("kbr,brso->kbso", weights.to(part.deltas), part.deltas)
-            block[part.weight].index_add_(1, part.indices.flatten(), deltas.flatten(1, 2))
-        else:
-            rows = part.rows.flatten(0, 1).flatten(1)
-            block[part.name].add_((weights.flatten(1).to(rows) @ rows).view(block[part.name].shape))
+def _add_rows(part: Part, weights: Tensor, block: Mapping[str, Tensor], alpha: float) -> None:
+    """The same for updates."""
+    if isinstance(part, Lookup):
+        deltas = torch.einsum("kbr,brso->kbso", weights.to(part.deltas), part.deltas)
+        block[part.weight].mul_(alpha).index_add_(1, part.indices.flatten(), deltas.flatten(1, 2))
+    elif isinstance(part, Plain):
+        rows = part.rows.flatten(0, 1).flatten(1)
+        target = block[part.name]
+        target.mul_(alpha).add_((weights.flatten(1).to(rows) @ rows).view(target.shape))
 
 
 def batch_gradient(factors: Factors, shapes: Mapping[str, torch.Size]) -> Block:

@@ -1,17 +1,22 @@
-"""The low-rank path: for a net of linear layers ∇ℓ_b = Σ_s δ[b,s] ⊗ a[b,s], so dots and updates need no second backward.
+"""The primitive by per-sample gradients in factors, made from the problem where the log holds none.
 
-a are the inputs of each layer and δ the gradients of ℓ_b with respect to its outputs; `ops.grad_dot` and
-`ops.lowrank_update` do the rest, for the empirical Fisher and for no curvature at all.
+One forward pass, and one backward pass to the outputs of the layers for every row of a sample: its gradient alone for the
+empirical Fisher and for no curvature, its C outputs for Gauss–Newton. No pass is needed for a column.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dit_fast import ops
-from dit_fast.linearize import Hessian, Linearized, linearize, with_l2
+from dit_fast import factor_products, ops
+from dit_fast.data import leaves
+from dit_fast.errors import UnsupportedError
+from dit_fast.factored import Factors, Part
+from dit_fast.layer_factors import Call, Images, Layer, find_layers, parts_of
+from dit_fast.linearize import Hessian, Linearized, linearize
+from dit_fast.output_slopes import slopes_and_curvature
 from dit_fast.problem import Batch, Evaluator, Params
 from dit_fast.sweep import Linearizer
 
@@ -19,21 +24,25 @@ from dit_fast.sweep import Linearizer
 AGREEMENT = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
-def refusal(ev: Evaluator, params: Params, batch: Batch, hessian: Hessian) -> str | None:
-    """Why this path cannot be taken, in one line; None where it can, proved on `batch` against the generic path."""
-    if hessian not in ("fisher", "none"):
-        return f"hessian={hessian!r} is not made of per-sample gradients; it is for 'fisher' and 'none'"
+def refusal(ev: Evaluator, params: Params, batch: Batch, hessian: Hessian, only_linear: bool = False) -> str | None:
+    """Why this path cannot be taken, in one line; None where it can, proved on `batch` against the generic path.
+
+    only_linear: whether to take it where it is sure to be the faster one, for linear layers and one row per sample.
+    """
+    if hessian == "exact" or (only_linear and hessian == "ggn"):
+        also = "" if only_linear else ", 'ggn'"
+        return f"hessian={hessian!r} is not made of per-sample gradients; it is for 'fisher'{also} and 'none'"
     if ev.device.type == "cuda" and not ops.build_info()["cuda_compiled"]:
         return "the CUDA part of dit_fast is not compiled"
-    layers = _linear_layers(ev)
-    owned = {name for layer in layers for name in _parameter_names(ev, layer)}
-    for name in ev.shapes:
-        if name not in owned:
-            return f"parameter '{name}' does not belong to one torch.nn.Linear alone with a trained weight"
     try:
-        dots, hvp = linearizer(ev, hessian)(params, batch)[1](_probe(params))
-    except ValueError as error:
-        return str(error)
+        layers = layers_of(ev)
+        other = next((layer for layer in layers if layer.kind != "linear"), None)
+        if only_linear and other is not None:
+            return f"{other} is no linear layer"
+        dots, hvp = linearizer(ev, hessian, False)(params, batch)[1](_probe(params))
+    except (ValueError, UnsupportedError) as error:
+        # what a Recorder could leave out is not for choice here
+        return str(error).removeprefix("factors: ").partition("; leave it out")[0].partition(" Otherwise leave")[0]
     expected_dots, expected_hvp = linearize(ev, params, batch, hessian)[1](_probe(params))
     tolerance = AGREEMENT[ev.dtype]
     pairs = [(dots, expected_dots), *((hvp[name], expected_hvp[name]) for name in params)]
@@ -42,96 +51,87 @@ def refusal(ev: Evaluator, params: Params, batch: Batch, hessian: Hessian) -> st
     return None
 
 
-def linearizer(ev: Evaluator, hessian: Hessian) -> Linearizer:
-    """`linearize` for nets whose logged parameters are those of linear layers, each called once."""
-    layers = {layer: _parameter_names(ev, layer) for layer in _linear_layers(ev)}
+def linearizer(ev: Evaluator, hessian: Hessian, needs_gradient: bool) -> Linearizer:
+    """`linearize` by factors; needs_gradient: else the gradient is left empty."""
+    layers = layers_of(ev)
+    by_factors = factor_products.linearizer(ev.shapes, ev.l2, hessian != "none", needs_gradient)
 
     def run(params: Params, batch: Batch) -> Linearized:
-        factors = _factors(ev, params, batch, list(layers))
-
-        def pull(block: Params) -> tuple[Tensor, Params]:
-            num_columns = len(next(iter(block.values())))
-            dots = torch.zeros(num_columns, len(batch.ids), dtype=torch.float64, device=ev.device)
-            hvp = {name: torch.zeros(value.shape, dtype=ev.dtype, device=ev.device) for name, value in block.items()}
-            for layer, (weight, *bias) in layers.items():
-                inputs, deltas = factors[layer]
-                ops.grad_dot(dots, deltas, inputs, block[weight], *(block[name] for name in bias))
-            if hessian == "fisher":
-                weights = dots * batch.coefficients.double()
-                for layer, (weight, *bias) in layers.items():
-                    inputs, deltas = factors[layer]
-                    ops.lowrank_update(hvp[weight], hvp[bias[0]] if bias else None, weights, deltas, inputs)
-            return dots, hvp
-
-        gradient: Params = {}
-        for layer, (weight, *bias) in layers.items():
-            inputs, deltas = factors[layer]
-            weighted = deltas * batch.coefficients[:, None, None]
-            gradient[weight] = weighted.flatten(0, 1).T @ inputs.flatten(0, 1)
-            gradient |= {name: weighted.sum(dim=(0, 1)) for name in bias}
-        return with_l2(ev.l2, params, batch, hessian, gradient, pull)
+        return by_factors(params, capture(ev, params, batch, layers, hessian))
 
     return run
 
 
-def _linear_layers(ev: Evaluator) -> list[str]:
-    """Names of the linear layers whose weight is logged and whose parameters no other module shares."""
-    owners: dict[int, int] = {}
-    for module in ev.problem.model.modules():
-        for value in module._parameters.values():
-            owners[id(value)] = owners.get(id(value), 0) + 1
-    return [
-        name
-        for name, module in ev.problem.model.named_modules()
-        if isinstance(module, nn.Linear)
-        and _join(name, "weight") in ev.shapes
-        and all(owners[id(value)] == 1 for value in module.parameters())
-    ]
+def capture(ev: Evaluator, params: Params, batch: Batch, layers: Sequence[Layer], hessian: Hessian) -> Factors:
+    """The factors of a batch at `params`: rows of the outputs for "ggn", else the gradients alone."""
+    ev.seed(batch)
+    inputs = {name: value.detach().requires_grad_() for name, value in params.items()}
+    return ev.call(inputs, lambda model: _capture(ev, model, batch, layers, hessian))
 
 
-def _parameter_names(ev: Evaluator, layer: str) -> list[str]:
-    """The layer's logged weight and, where it has one that is logged, its bias."""
-    return [name for name in (_join(layer, "weight"), _join(layer, "bias")) if name in ev.shapes]
+def _capture(ev: Evaluator, model: nn.Module, batch: Batch, layers: Sequence[Layer], hessian: Hessian) -> Factors:
+    seen: list[tuple[int, tuple[Tensor, ...], Tensor]] = []
 
-
-def _factors(ev: Evaluator, params: Params, batch: Batch, layers: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """layer → (inputs [B, S, I], gradients of ℓ_b with respect to its outputs [B, S, O])."""
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
-
-    def watch(layer: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            seen[layer].append((args[0] if args else kwargs["input"], output))
+    def watch(number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = [*args, *kwargs.values()]
+            if not isinstance(output, Tensor) or not given or not all(isinstance(value, Tensor) for value in given):
+                raise UnsupportedError(f"{layers[number]} takes or gives something else than tensors")
+            seen.append((number, tuple(value.detach() for value in given), output))
 
         return hook
 
-    modules = dict(ev.problem.model.named_modules())
-    handles = [modules[layer].register_forward_hook(watch(layer), with_kwargs=True) for layer in layers]
+    handles = [layer.module.register_forward_hook(watch(n), with_kwargs=True) for n, layer in enumerate(layers)]
     try:
-        losses = ev.losses({name: value.detach().requires_grad_() for name, value in params.items()}, batch)
+        output = model(*batch.args, **batch.kwargs)
     finally:
         for handle in handles:
             handle.remove()
     size = len(batch.ids)
-    for layer, calls in seen.items():
-        if len(calls) != 1:
-            raise ValueError(f"linear layer '{layer}' is called {len(calls)} times in a forward pass, not once")
-        if calls[0][1].ndim < 2 or len(calls[0][1]) != size:
-            raise ValueError(f"linear layer '{layer}' does not see the batch in its first dimension")
-    outputs = [seen[layer][0][1] for layer in layers]
-    deltas = torch.autograd.grad(losses.sum(), outputs, allow_unused=True)
-    found = {}
-    for layer, output, delta in zip(layers, outputs, deltas, strict=True):
-        inputs = seen[layer][0][0].detach()
-        delta = torch.zeros_like(output) if delta is None else delta
-        found[layer] = (inputs.reshape(size, -1, inputs.shape[-1]), delta.reshape(size, -1, delta.shape[-1]))
-    return found
+    losses = ev.losses_of(output, batch.target, size)
+    if hessian == "ggn":
+        targets, slopes, curvature = _of_outputs(ev, output, batch)
+    else:
+        targets = [losses.sum()]
+        slopes = losses.new_ones(size, 1)
+        curvature = slopes[:, :, None]
+    outputs = [z for _, _, z in seen]
+    rows = [torch.autograd.grad(target, outputs, retain_graph=True, allow_unused=True) for target in targets]
+    calls: dict[int, list[Call]] = {number: [] for number in range(len(layers))}
+    for i, (number, given, z) in enumerate(seen):
+        deltas = [torch.zeros_like(z) if row[i] is None else row[i] for row in rows]
+        if not z.ndim or len(z) != size:
+            raise UnsupportedError(f"{layers[number]} does not see the batch in its first dimension")
+        calls[number].append(Call(given, torch.stack(deltas, 1)))
+    parts: list[Part] = []
+    for number, layer in enumerate(layers):
+        for part in parts_of(layer, calls[number], size, len(targets)):
+            parts.append(part.unfolded() if isinstance(part, Images) else part)
+    made = Factors(batch.step, batch.ids, batch.coefficients, slopes, curvature, tuple(_detached(part) for part in parts))
+    return factor_products.placed(made, ev.device, ev.dtype)
+
+
+def _of_outputs(ev: Evaluator, output: Any, batch: Batch) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Every output of all samples summed, and the loss's slopes [B, C] and curvature [B, C, C] by them."""
+    found = [z for z in leaves(output) if z.requires_grad]
+    if len(found) != 1 or found[0] is not output:
+        raise UnsupportedError("hessian='ggn' by factors is for a model whose output is one tensor [B, ...]")
+    slopes, curvature = slopes_and_curvature(ev.problem.per_sample_loss, output, batch.target)
+    return list(output.reshape(len(output), -1).sum(0).unbind()), slopes, curvature
+
+
+def _detached(part: Part) -> Part:
+    values = {name: value.detach() for name, value in vars(part).items() if isinstance(value, Tensor)}
+    return type(part)(**(vars(part) | values))
+
+
+def layers_of(ev: Evaluator) -> list[Layer]:
+    """The modules that own the logged parameters."""
+    model = ev.problem.model
+    return find_layers(model, {name: p for name, p in model.named_parameters() if name in ev.shapes}, ())
 
 
 def _probe(params: Params) -> Params:
     """Two columns of fixed pseudo-random numbers, drawn from a generator of their own."""
     generator = torch.Generator().manual_seed(0)
     return {n: torch.randn(2, *v.shape, generator=generator, dtype=v.dtype).to(v.device) for n, v in params.items()}
-
-
-def _join(layer: str, name: str) -> str:
-    return f"{layer}.{name}" if layer else name

@@ -34,28 +34,54 @@ def sweep(
     u = {n: torch.zeros(len(columns), *shape, dtype=run.dtype, device=run.device) for n, shape in run.shapes.items()}
     ends = {t for column in columns for t in (column.start, column.stop) if t}
     active = 0
+    ready: Tensor | None = None  # ⟨u, J⟩ of the step at hand, out of the update before
     for t in reversed(range(columns[0].stop)):
         if t + 1 in ends:
             active = join_and_leave(t + 1, columns, u, query_gradients(t + 1))
         travelling = {name: block[:active] for name, block in u.items()}
         rates, decays = _rates(run, t)
-        along = [factor_products.row_dots(factors, travelling, rates) for factors in run.batches(t)]
-        for name, decay in decays.items():
-            if decay != 1:
-                travelling[name].mul_(decay)
-        for factors, row_dots in zip(run.batches(t), along, strict=True):
+        batches = run.batches(t)
+        if ready is None:
+            along = [factor_products.row_dots(factors, travelling, rates) for factors in batches]
+        else:
+            along = [ready.mul_(next(iter(rates.values())))]
+        for factors, row_dots in zip(batches, along, strict=True):
             dots = factor_products.sample_dots(factors, row_dots)
             scores[:active].index_add_(1, factors.ids, dots * factors.coefficients, alpha=-1)
             if run.device.type == "cpu" and not torch.isfinite(dots).all():
                 raise LogError(
                     f"step {t}: a score is NaN or infinite; the sweep cannot pass this step (try dtype=torch.float64)"
                 )
-            if run.has_curvature and t:
-                factor_products.add_rows(factors, factor_products.curvature_weights(factors, row_dots), travelling)
+        ready = _update(run, t, travelling, decays, along, t in ends) if t else None
         progress()
     if not torch.isfinite(scores).all():
         raise LogError("some scores are NaN or infinite (try dtype=torch.float64)")
     return scores
+
+
+def _update(
+    run: FactorRun, t: int, u: dict[str, Tensor], decays: dict[str, float], along: list[Tensor], is_end: bool
+) -> Tensor | None:
+    """u over step t in place, from the row dots of c; those of u with step t − 1 where one pass gives both."""
+    batches = run.batches(t)
+    alike = set(decays.values())
+    if not run.has_curvature or len(alike) > 1:
+        for name, decay in decays.items():
+            if decay != 1:
+                u[name].mul_(decay)
+        alike = {1.0}
+    if not run.has_curvature:
+        return None
+    alpha = alike.pop()
+    weights = [factor_products.curvature_weights(f, dots) for f, dots in zip(batches, along, strict=True)]
+    before = run.batches(t - 1)
+    can_share = len(batches) == len(before) == 1 and len(set(_rates(run, t - 1)[0].values())) == 1
+    if can_share and not is_end and factor_products.are_alike(batches[0], before[0]):
+        return factor_products.add_rows_and_dot(batches[0], weights[0], before[0], u, alpha)
+    for factors, own in zip(batches, weights, strict=True):
+        factor_products.add_rows(factors, own, u, alpha)
+        alpha = 1.0
+    return None
 
 
 def _rates(run: FactorRun, t: int) -> tuple[dict[str, float], dict[str, float]]:

@@ -28,6 +28,9 @@ from dit_fast.trajectory import Window
 PIECE_NUMBERS = 1 << 24
 
 
+QueryRows = Callable[[int], Factors]
+
+
 class NotGram(ValueError):
     """Why a run cannot be scored in sample space."""
 
@@ -54,16 +57,25 @@ def refusal(run: FactorRun) -> str | None:
 
 
 def choose(
-    run: FactorRun, windows: Sequence[Window], num_queries: int, num_columns: int, budget: int, form: str
+    run: FactorRun,
+    windows: Sequence[Window],
+    num_queries: int,
+    num_columns: int,
+    budget: int,
+    form: str,
+    by_rows: bool = False,
 ) -> tuple[str, str]:
-    """The form of the sweep, "sweep", "fused" or "gram", and why; ValueError where the one asked for does not fit."""
+    """The form of the sweep, "sweep", "fused" or "gram", and why; ValueError where the one asked for does not fit.
+
+    by_rows: whether the queries' gradients are at hand in factors.
+    """
     if form == "fused" and not fused.fits(run):
         raise ValueError("form='fused' is for plain SGD without clipping and l2")
     refused = refusal(run)
     if form == "gram" and refused:
         raise ValueError(f"form='gram' cannot be used: {refused}")
     ends = sorted({t for window in windows for t in (window.start, window.stop)} - {0})
-    gram, swept, size = _costs(run, ends, windows, num_queries, num_columns)
+    gram, swept, size = _costs(run, ends, windows, num_queries, num_columns, by_rows)
     if form == "gram" and size > budget:
         raise ValueError(f"form='gram' needs {format_bytes(size)}, more than memory_budget = {format_bytes(budget)}")
     if form != "auto":
@@ -82,7 +94,7 @@ def choose(
 
 
 def _costs(
-    run: FactorRun, ends: list[int], windows: Sequence[Window], num_queries: int, num_columns: int
+    run: FactorRun, ends: list[int], windows: Sequence[Window], num_queries: int, num_columns: int, by_rows: bool
 ) -> tuple[float, float, int]:
     """FLOPs in sample space and in parameter space, and bytes in sample space, every step taken to be as the first."""
     batches = run.batches(0)
@@ -95,18 +107,18 @@ def _costs(
     stops = steps if num_columns == len(ends) * num_queries else float(sum(w.stop for w in windows)) * num_queries
     history = samples * last
     products = pair * history**2 / 2 + sum((rows * t) ** 2 for t in ends) * float(num_queries)
-    gram = steps * samples * dot + (products if run.has_curvature else 0)
+    gram = steps * samples * (pair if by_rows else dot) + (products if run.has_curvature else 0)
     swept = stops * samples * dot * (2 if run.has_curvature else 1)
-    numbers = sum(_row_numbers(part) for part in parts) * history
+    numbers = sum(_row_numbers(part) for part in parts) * (history + (num_queries * len(ends) if by_rows else 0))
     columns = len(ends) * num_queries
-    numbers += columns * (run.num_parameters + per_row * history) + rows * per_row * history
+    numbers += columns * ((0 if by_rows else run.num_parameters) + per_row * history) + rows * per_row * history
     return gram, swept, run.dtype.itemsize * numbers + 8 * columns * run.num_samples
 
 
-def columns_per_sweep(run: FactorRun, made: Sequence[Column], budget: int) -> int:
+def columns_per_sweep(run: FactorRun, made: Sequence[Column], budget: int, by_rows: bool = False) -> int:
     """How many columns travel together: each takes its query's gradient and a number for every row of the log."""
     rows = factor_products.sizes(run.batches(0))[1]
-    one = run.dtype.itemsize * (2 * run.num_parameters + rows * made[0].stop) + 8 * run.num_samples
+    one = run.dtype.itemsize * ((0 if by_rows else 2 * run.num_parameters) + rows * made[0].stop) + 8 * run.num_samples
     return max(1, int(plan.BLOCK_SHARE * budget) // one)
 
 
@@ -116,30 +128,33 @@ def sweep(
     query_gradients: QueryGradients,
     num_samples: int,
     progress: Callable[[], object],
+    query_rows: QueryRows | None = None,
 ) -> Tensor:
-    """Scores [K, N] float64, as `sweep.sweep` gives them, of columns without a start; NotGram where steps differ in kind."""
+    """Scores [K, N] float64, as `sweep.sweep` gives them, of columns without a start; NotGram where steps differ in kind.
+
+    query_rows(t): where every query value is one sample's, its gradient in factors in the place of `query_gradients`.
+    """
     scores = torch.zeros(len(columns), num_samples, dtype=torch.float64, device=run.device)
-    u = {n: torch.zeros(len(columns), *shape, dtype=run.dtype, device=run.device) for n, shape in run.shapes.items()}
     ends = sorted({column.stop for column in columns}, reverse=True)
     source_of = torch.tensor([ends.index(column.stop) for column in columns], device=run.device)
     sources = _Sources(run, len(ends))
-    history = _History(run, len(columns), columns[0].stop)
-    active = 0
+    history = _History(run, len(columns), sum(len(run.trajectory.batch_ids(t)) for t in range(1, columns[0].stop)))
+    asked = _DenseQueries(run, columns, query_gradients) if query_rows is None else _RowQueries(run, columns, query_rows)
     for t in reversed(range(columns[0].stop)):
         if t + 1 in ends:
-            active = join_and_leave(t + 1, columns, u, query_gradients(t + 1))
+            asked.begin(t + 1)
             sources.begin(ends.index(t + 1))
         phi = sources.step(t)
-        travelling = {name: block[:active] for name, block in u.items()}
         found = []
         for factors in run.batches(t):
-            along = factor_products.row_dots(factors, travelling) * phi[source_of[:active]][:, None, None]
+            along = asked.dots(factors)
+            along = along * phi[source_of[: len(along)]][:, None, None]
             if run.has_curvature:
                 history.add_to(along, factors, phi[len(ends) :])
             found.append((factors, along))
         for factors, along in found:
             dots = factor_products.sample_dots(factors, along)
-            scores[:active].index_add_(1, factors.ids, dots * factors.coefficients, alpha=-1)
+            scores[: len(along)].index_add_(1, factors.ids, dots * factors.coefficients, alpha=-1)
             if run.has_curvature and t:
                 history.append(factors, factor_products.curvature_weights(factors, along))
                 sources.begin(sources.add())
@@ -147,6 +162,44 @@ def sweep(
     if not torch.isfinite(scores).all():
         raise LogError("some scores are NaN or infinite (try dtype=torch.float64)")
     return scores
+
+
+class _DenseQueries:
+    """⟨q_k, J_br⟩ of the columns that travel, from their gradients as blocks."""
+
+    def __init__(self, run: FactorRun, columns: Sequence[Column], query_gradients: QueryGradients) -> None:
+        self._columns, self._gradients = columns, query_gradients
+        sizes = run.shapes.items()
+        self._u = {n: torch.zeros(len(columns), *shape, dtype=run.dtype, device=run.device) for n, shape in sizes}
+        self._active = 0
+
+    def begin(self, t: int) -> None:
+        """The columns that stop at t travel from now on."""
+        self._active = join_and_leave(t, self._columns, self._u, self._gradients(t))
+
+    def dots(self, factors: Factors) -> Tensor:
+        """[K, B, R] float64."""
+        return factor_products.row_dots(factors, {name: block[: self._active] for name, block in self._u.items()})
+
+
+class _RowQueries:
+    """The same from the gradients of single samples in factors: no block of parameters is made."""
+
+    def __init__(self, run: FactorRun, columns: Sequence[Column], query_rows: QueryRows) -> None:
+        self._run, self._columns, self._rows = run, columns, query_rows
+        self._begun: list[tuple[Tensor, _History]] = []
+
+    def begin(self, t: int) -> None:
+        """As in `_DenseQueries`."""
+        rows = self._rows(t)
+        held = _History(self._run, 0, len(rows.ids))
+        held.append(rows, torch.zeros(0, len(rows.ids), 1, dtype=torch.float64))
+        self._begun.append((torch.tensor([c.query for c in self._columns if c.stop == t], device=self._run.device), held))
+
+    def dots(self, factors: Factors) -> Tensor:
+        """[K, B, R] float64; columns come latest stop first."""
+        found = [held.products(factors).T[queries].double() for queries, held in self._begun]
+        return torch.cat(found).view(-1, *factors.slopes.shape)
 
 
 class _Sources:
@@ -181,10 +234,8 @@ class _Sources:
 class _History:
     """The rows of all micro-batches gone through, and the weights w [K, rows] that columns have in them."""
 
-    def __init__(self, run: FactorRun, num_columns: int, last: int) -> None:
-        self._run = run
-        self._capacity = sum(len(run.trajectory.batch_ids(t)) for t in range(1, last))
-        self._num_columns = num_columns
+    def __init__(self, run: FactorRun, num_columns: int, capacity: int) -> None:
+        self._run, self._capacity, self._num_columns = run, capacity, num_columns
         self._size = 0
         self._stores: list[tuple[Part, list[Tensor]]] = []
         self._source_of: list[Tensor] = []
@@ -200,13 +251,13 @@ class _History:
         along += (scaled @ products.T).view(along.shape)
 
     def products(self, factors: Factors) -> Tensor:
-        """⟨J_br, J_s⟩ [B·R, rows so far]."""
+        """⟨J_br, J_s⟩ [B·R, rows so far]; both may have other numbers of rows per sample and of positions."""
         rows = self._num_rows
         total = torch.zeros(
             factors.slopes.numel(), self._size * rows, dtype=self._run.dtype, device=self._run.device
         )  # [B·R, H·R]
         for part, (like, stores) in zip(factors.parts, self._stores, strict=True):
-            _check_alike(factors.step, part, like)
+            _check_same(factors.step, part, like)
             if len(stores) == 1:
                 total.addmm_(_dense(part).flatten(0, 1), stores[0][: self._size].flatten(0, 1).T)
             else:
@@ -216,22 +267,23 @@ class _History:
     def _add_positions(self, total: Tensor, part: Part, places: Tensor, deltas: Tensor) -> None:
         assert not isinstance(part, Plain)
         B, R, S, _ = part.deltas.shape
+        _, R2, S2, _ = deltas.shape
         own = part.deltas.flatten(0, 2)
-        step = max(1, PIECE_NUMBERS // (B * R * R * S * S))
+        step = max(1, PIECE_NUMBERS // (B * R * R2 * S * S2))
         for start in range(0, len(deltas), step):
             rows = slice(start, min(start + step, len(deltas)))
             found, where = deltas[rows], places[rows]
             n = len(found)
-            dd = (own @ found.flatten(0, 2).T).view(B, R, S, n, R, S)
+            dd = (own @ found.flatten(0, 2).T).view(B, R, S, n, R2, S2)
             if isinstance(part, Lookup):
                 aa = (part.indices.flatten()[:, None] == where.flatten()).to(dd)
             else:
                 aa = part.inputs.flatten(0, 1) @ where.flatten(0, 1).T
                 if part.bias is not None:
                     aa += 1
-            both = dd.mul_(aa.view(B, 1, S, n, 1, S))
-            both = both.view(B * R, n * R) if S == 1 else both.sum((2, 5)).view(B * R, n * R)
-            total[:, start * R : (start + n) * R] += both
+            both = dd.mul_(aa.view(B, 1, S, n, 1, S2))
+            both = both.view(B * R, n * R2) if S * S2 == 1 else both.sum((2, 5)).view(B * R, n * R2)
+            total[:, start * R2 : (start + n) * R2] += both
 
     def append(self, factors: Factors, weights: Tensor) -> None:
         """Keeps a micro-batch's rows, and w [K, B, R]."""
@@ -245,7 +297,9 @@ class _History:
                 self._stores.append((part, kept))
         span = slice(self._size, self._size + B)
         for part, (like, stores) in zip(factors.parts, self._stores, strict=True):
-            _check_alike(factors.step, part, like)
+            _check_same(factors.step, part, like)
+            if factor_products.rows_of(part).shape[1:] != factor_products.rows_of(like).shape[1:]:
+                raise NotGram(f"step {factors.step}: sequences of another length than in later steps")
             kept = [_dense(part)] if len(stores) == 1 else _places(part)
             for store, value in zip(stores, kept, strict=True):
                 store[span] = value
@@ -275,12 +329,10 @@ def _dense(part: Part) -> Tensor:
     return rows if part.bias is None else torch.cat([rows, part.deltas.sum(2)], 2)
 
 
-def _check_alike(step: int, part: Part, like: Part) -> None:
-    """NotGram where a part is not of the same kind, parameters and positions as in the other steps."""
+def _check_same(step: int, part: Part, like: Part) -> None:
+    """NotGram where a part is not of the same kind and parameters as in the other steps."""
     if type(part) is not type(like) or factor_products.names(part) != factor_products.names(like):
         raise NotGram(f"step {step}: the factors are in another order than in later steps")
-    if factor_products.rows_of(part).shape[1:] != factor_products.rows_of(like).shape[1:]:
-        raise NotGram(f"step {step}: sequences of another length than in later steps")
 
 
 def _dot_flops(part: Part) -> float:

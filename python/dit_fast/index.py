@@ -122,7 +122,7 @@ def build_index(
         )
     with numerics.full_precision(), torch.inference_mode(False), torch.no_grad():
         if check:
-            check_factors(run, ends[-1])
+            check_factors(run, ends[-1], int(plan.REPLAY_SHARE * budget))
         refused = _not_forward(run, ends)
         if refused is None:
             changes, why = _forward(run, ends, budget, check, show_progress), "forward"
@@ -153,7 +153,7 @@ def _backward(run: FactorRun, ends: list[int], budget: int, check: bool, show_pr
     pieces = identity.split([shape.numel() for shape in run.shapes.values()], 1)
     block = {n: p.reshape(numbers, *shape) for (n, shape), p in zip(run.shapes.items(), pieces, strict=True)}
     windows = [Window(str(t), 0, t) for t in ends]
-    scores, _ = swept(run, windows, lambda t: block, budget, check, show_progress)
+    scores, _ = swept(run, windows, lambda t: block, numbers, budget, check, show_progress)
     return {t: score.T.to(run.device, run.dtype).contiguous() for t, score in zip(ends, scores, strict=True)}
 
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast import factor_products, fused, gram, numerics, plan, queries
+from dit_fast import factor_products, factors, fused, gram, numerics, plan, queries
+from dit_fast.errors import UnsupportedError
 from dit_fast.factor_run import BarePoints, FactorRun, check_factors, points
+from dit_fast.factored import Factors
 from dit_fast.linearize import Hessian
-from dit_fast.problem import Evaluator, Params, Problem, default_dtype
+from dit_fast.problem import Batch, Evaluator, Params, Problem, default_dtype
 from dit_fast.progress import progress_bar
 from dit_fast.queries import Query
 from dit_fast.replay import Replay
@@ -47,9 +49,9 @@ def score_logged(
     with numerics.full_precision(), torch.inference_mode(False), torch.no_grad():
         budget = plan.memory_budget(memory_budget, run.device)
         if check:
-            check_factors(run, max(window.stop for window in spans))
+            check_factors(run, max(window.stop for window in spans), int(plan.REPLAY_SHARE * budget))
         asked = Asked(run, problem, query, query_at, spans, budget)
-        scores, meta = swept(run, spans, asked, budget, check, show_progress, form)
+        scores, meta = swept(run, spans, asked, asked.size, budget, check, show_progress, form, asked.rows)
     return Influence(
         scores=scores[..., ids],
         windows=spans,
@@ -71,7 +73,7 @@ def open_run(
     """
     if not isinstance(trajectory, Trajectory):
         raise TypeError(f"trajectory must be a dit_fast.Trajectory, got {type(trajectory).__name__}")
-    layout = getattr(trajectory, "factor_layout", None)
+    layout = trajectory.factor_layout
     if layout is None:
         raise ValueError(
             "the log holds no factors, so it cannot be scored without a problem: give Problem(model, loss, data), or log "
@@ -84,7 +86,7 @@ def open_run(
 
 def has_factors(trajectory: Trajectory) -> bool:
     """Whether the log holds factors."""
-    return getattr(trajectory, "factor_layout", None) is not None
+    return trajectory.factor_layout is not None
 
 
 class Asked:
@@ -106,7 +108,12 @@ class Asked:
         trajectory = run.trajectory
         ends = sorted({t for window in windows for t in (window.start, window.stop)} - {0})
         needed = ends if query_at == "endpoint" else [trajectory.num_steps]
-        self._queries = [marked(trajectory, needed)] if query is None else queries.as_list(query)
+        labels: list[str] | None = None
+        if query is None:
+            found, labels = marked(trajectory, needed)
+            self._queries = [found]
+        else:
+            self._queries = queries.as_list(query)
         self._ev: Evaluator | None = None
         live = [query for query in self._queries if query.by_step is None]
         if live:
@@ -122,11 +129,15 @@ class Asked:
         for query in self._queries:
             for t in needed if query.by_step is not None else []:
                 queries.ready_at(query.by_step or {}, t)
+        self.rows: gram.QueryRows | None = None
+        if self._ev is not None and len(self._queries) == 1 and query_at == "endpoint":
+            self.rows = query_rows(run, self._ev, self._replay, self._queries[0])
         sizes = [query.size or 0 for query in self._queries]
         if self._ev is not None:
             with self._ev.session():
                 sizes = queries.sizes(self._ev, self._queries)
-        self.names = queries.names(self._queries, sizes)
+        self.size = sum(sizes)
+        self.names = labels or queries.names(self._queries, sizes)
         self._at = lru_cache(maxsize=1)(self._gradients_at)
 
     def __call__(self, t: int) -> Params:
@@ -162,38 +173,74 @@ class Asked:
         )
 
 
-def marked(trajectory: Trajectory, needed: Sequence[int]) -> Query:
-    """The query that was marked in the log, with its gradients; ValueError where one is missing at a step that is needed."""
-    found: Query | None = getattr(trajectory, "marked_queries", None)
-    at = {} if found is None else found.by_step or {}
-    missing = [t for t in needed if t not in at]
-    if missing:
-        names = {step: name for name, step in trajectory.marks.items()}
-        have = ", ".join(f"{t} ('{names[t]}')" if t in names else str(t) for t in sorted(at)) or "none"
-        raise ValueError(
-            f"no query was marked at step {missing[0]}, an end of a window: queries are marked at {have}; give "
-            "query=queries.gradients({step: ...}), or other windows"
-        )
-    assert found is not None
-    return found
+def query_rows(run: FactorRun, ev: Evaluator, replay: Replay, query: Query) -> gram.QueryRows | None:
+    """t → the gradients of `queries.losses` at θ[t] in factors like those of the log; None where they cannot be had so."""
+    if query.each is None or run.layout.projections or run.uncovered:
+        return None
+    args, kwargs, target = ev.unpack(query.each)
+    size = query.size or 0
+    batch = Batch(-1, torch.arange(size), torch.ones(size, device=ev.device, dtype=ev.dtype), args, kwargs, target)
+    try:
+        layers = factors.layers_of(ev)
+    except (UnsupportedError, ValueError):
+        return None
+
+    def at(t: int) -> Factors:
+        params = replay.params(t)
+        with ev.session(), ev.eval_mode():
+            rows = factors.capture(ev, params, batch, layers, "fisher")
+            whole = queries.query_gradient(ev, t, params, queries.loss(query.each))
+        own = factor_products.batch_gradient(rows, run.shapes)
+        scale = max(float(value.abs().max()) for value in whole.values()) * size
+        worst = max(float((own[name] - size * whole[name][0]).abs().max()) for name in own)
+        if not worst <= factors.AGREEMENT[ev.dtype] * scale:
+            raise gram.NotGram("the query's samples do not add up to their loss by layers")
+        alike = factor_products.in_parts_of(rows, run.batches(0)[0])
+        if alike is None:
+            raise gram.NotGram("the query's samples have other factors than those of the log")
+        return alike
+
+    return at
+
+
+def marked(trajectory: Trajectory, needed: Sequence[int]) -> tuple[Query, list[str]]:
+    """The query that was marked in the log, with its gradients, and its labels.
+
+    ValueError where one is missing at a step that is needed, or is another query than at the others.
+    """
+    at = trajectory.marked_queries
+    for t in needed:
+        if t not in at:
+            names = {step: name for name, step in trajectory.marks.items()}
+            have = ", ".join(f"{step} ('{names[step]}')" if step in names else str(step) for step in sorted(at)) or "none"
+            raise ValueError(
+                f"no query was marked at step {t}, an end of a window: queries are marked at {have}; give "
+                "query=queries.gradients({step: ...}), or other windows"
+            )
+    labels = at[needed[0]][0]
+    for t in needed:
+        if at[t][0] != labels:
+            raise ValueError(f"step {t} was marked with query {at[t][0][0]!r}, step {needed[0]} with {labels[0]!r}")
+    return queries.gradients({t: at[t][1] for t in needed}, "marked"), list(labels)
 
 
 def swept(
     run: FactorRun,
     windows: Sequence[Window],
     gradients: QueryGradients,
+    num_queries: int,
     budget: int,
     check: bool,
     show_progress: bool | None,
     form: str = "auto",
+    rows: gram.QueryRows | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Scores [W, Q, N] on the CPU, and what was chosen on the way."""
-    last = max(window.stop for window in windows)
-    num_queries = len(next(iter(gradients(last).values())))
-    chosen, why = gram.choose(run, windows, num_queries, len(plan.columns(windows, num_queries)[0]), budget, form)
+    """Scores [W, Q, N] on the CPU, and what was chosen on the way; rows: the queries' gradients in factors."""
+    columns = len(plan.columns(windows, num_queries)[0])
+    chosen, why = gram.choose(run, windows, num_queries, columns, budget, form, rows is not None)
     starts = points(run, int(plan.REPLAY_SHARE * budget), check)
     try:
-        found = _in_form(chosen, run, windows, num_queries, gradients, budget, starts, show_progress)
+        found = _in_form(chosen, run, windows, num_queries, gradients, budget, starts, show_progress, rows)
     except gram.NotGram as reason:
         if form == "gram":
             raise
@@ -215,11 +262,12 @@ def _in_form(
     budget: int,
     starts: BarePoints | Replay,
     show_progress: bool | None,
+    rows: gram.QueryRows | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     size = run.num_samples
     if form == "gram":
         made, mix = plan.columns_by_endpoint(windows, num_queries)
-        per_sweep = gram.columns_per_sweep(run, made, budget)
+        per_sweep = gram.columns_per_sweep(run, made, budget, rows is not None)
     else:
         made, mix = plan.columns(windows, num_queries)
         blocks = 1 + len(run.trajectory.slots)
@@ -232,8 +280,9 @@ def _in_form(
         for chunk in chunks:
             if form == "sweep":
                 scores = sweep(run, chunk, linearize, starts, gradients, size, bar.update)
+            elif form == "fused":
+                scores = fused.sweep(run, chunk, gradients, size, bar.update)
             else:
-                by_factors = gram.sweep if form == "gram" else fused.sweep
-                scores = by_factors(run, chunk, gradients, size, bar.update)
+                scores = gram.sweep(run, chunk, gradients, size, bar.update, rows)
             found.append(scores.cpu())
     return (mix @ torch.cat(found)).reshape(len(windows), num_queries, size), {"columns": len(made), "sweeps": len(chunks)}

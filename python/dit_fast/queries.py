@@ -6,7 +6,7 @@ does, with the batch in front, on any device and in any floating dtype; they are
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -35,7 +35,8 @@ class Query:
     """`size` scalars of a model called `label`; made by the functions of this module.
 
     size is None where only the model tells (`custom`, `parameter`). `by_step` holds ready gradients (`gradients`) in
-    place of parts. `batch`: what `unpack` takes, where the query is the mean per-sample loss over it (`loss`).
+    place of parts. `batch`: what `unpack` takes, where the query is the mean per-sample loss over it (`loss`); `each`: where
+    it is the per-sample loss of each of its samples (`losses`).
     """
 
     label: str
@@ -43,6 +44,7 @@ class Query:
     parts: tuple[Part, ...] = ()
     by_step: Mapping[int, Tensor | Mapping[str, Tensor]] | None = None
     batch: Any = None
+    each: Any = None
 
     def __repr__(self) -> str:
         values = "as many values as it gives" if self.size is None else f"{self.size} value{'s' * (self.size != 1)}"
@@ -69,7 +71,8 @@ def loss(x: Any, y: Any = None) -> Query:
 def losses(x: Any, y: Any = None) -> Query:
     """The problem's per-sample loss of each row, without the l2 part: ℓ(x_i, y_i). Q = n."""
     size, pieces = _chunks(x, y)
-    return _of_rows("loss", size, pieces, lambda model, ev, piece, rows: _losses(model, ev, piece))
+    query = _of_rows("loss", size, pieces, lambda model, ev, piece, rows: _losses(model, ev, piece))
+    return replace(query, each=x if y is None else (x, y))
 
 
 def logit(x: Any, index: int | tuple[int, ...] = 0) -> Query:

@@ -264,9 +264,13 @@ def choose_linearizer(
     params, batch = ev.params(0), ev.batches(0)[0]
     refused = []
     if backend in ("auto", "factors"):
-        refusal = factors.refusal(ev, params, batch, hessian)
+        refusal = factors.refusal(ev, params, batch, hessian, only_linear=backend == "auto")
         if refusal is None:
-            return factors.linearizer(ev, hessian), {"backend": "factors", "why": "a net of linear layers"}
+            rules = ev.trajectory.optimizer
+            needs_gradient = bool(ev.trajectory.clip) or not all(rule.is_linear for rule in rules)
+            why = "a net of linear layers" if backend == "auto" else ""
+            meta = {"backend": "factors", "factors": "recomputed", "why": why}
+            return factors.linearizer(ev, hessian, needs_gradient), meta
         if backend == "factors":
             raise ValueError(f"backend='factors' cannot be used: {refusal}")
         refused.append(f"not factors: {refusal}")
