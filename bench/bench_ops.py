@@ -8,7 +8,7 @@ sgemm/dgemm rate that this machine reached in the same run.
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -45,14 +45,6 @@ class TorchRival:
         w = torch.mul(c, delta[:, :, None], out=self.products.view(self.B, self.S, self.K, self.O))
         weight.view(-1, self.I).addmm_(self.products.T, activations.view(-1, self.I))
         bias.add_(w.sum((0, 1)))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def arguments(op: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
