@@ -7,7 +7,7 @@ extra_info of double_backward: ratio (best time of forward_over_reverse over its
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -56,14 +56,6 @@ def transformer(quick: bool) -> tuple[nn.Module, Tensor, int]:
 
 
 NETS = {"mlp": mlp, "cnn": cnn, "transformer": transformer}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def workload(net: str, num_columns: int, quick: bool) -> tuple[Evaluator, Params, Batch, Params]:

@@ -8,7 +8,6 @@ those of the float32 log (largest |Δ| over max|S(t1)| + max|S(t2)|), Pearson an
 float32 log, and the bytes of the log. What is timed is the score.
 """
 
-import pytest
 import torch
 from torch import nn
 
@@ -17,14 +16,6 @@ from dit_fast import analysis, demo
 
 DTYPES = (None, "float16", "bfloat16")
 COMPARED = 64
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Digits:

@@ -11,7 +11,7 @@ update_dot, the time of the two ops apart over its own.
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -99,14 +99,6 @@ def torchs(op: str, net: Net) -> Callable[[], None]:
         dot()
 
     return {"grad_dot": dot, "lowrank_update": update, "update_dot": both}[op]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def best_seconds(call: Callable[[], object], budget: float = 0.2) -> float:

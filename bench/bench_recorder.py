@@ -56,14 +56,6 @@ class Loop:
         return time.perf_counter() - begin, held
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def loop(benchmark):
     return Loop(quick=benchmark.disabled)

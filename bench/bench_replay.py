@@ -54,14 +54,6 @@ class Runs:
         return dit.Trajectory.open(path), problem, dit.queries.loss(self.x[:200], self.y[:200])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("every", [1, 10])
 def bench_score(benchmark, tmp_path, optimizer, every):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from cases import Case, schedule, train
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 import dit_fast
-from dit_fast import queries
+from dit_fast import queries, recognize
 
 
 class Functional(nn.Module):
@@ -192,3 +192,41 @@ def test_fisher_is_not_compiled_and_says_so():
     run = train(case, *schedule(8, 3))
     meta = dit_fast.score(run.trajectory(), run.problem(), queries.loss(x, y), hessian="fisher").meta
     assert meta["backend"] == "factors" and "hessian='fisher' is not compiled" in meta["why"]
+
+
+class Backwards(nn.Sequential):
+    def forward(self, x):
+        for module in reversed(self):
+            x = module(x)
+        return x
+
+
+def own_forward():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+    model.forward = lambda x: model[0](model[1](x))
+    return model
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        NET,
+        lambda: nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.Sequential()), nn.Tanh(), nn.Sequential(nn.Linear(4, 2))),
+        lambda: Backwards(nn.Tanh(), nn.Linear(3, 4)),
+        lambda: nn.Sequential(Backwards(nn.Tanh(), nn.Linear(3, 4)), nn.Tanh()),
+        lambda: nn.Sequential(nn.Linear(3, 6), Scaled()),
+        own_forward,
+        lambda: nn.Sequential(*[nn.Linear(3, 3)] * 2),
+    ],
+)
+def test_the_graph_is_the_one_that_torch_fx_makes(build):
+    model = build()
+    ours, theirs = (
+        [
+            model.get_submodule(node.target) if node.op == "call_module" else node.target
+            for node in graph.nodes
+            if node.op not in ("placeholder", "output")
+        ]
+        for graph in (recognize.trace(model), fx.Tracer().trace(model))
+    )
+    assert ours == theirs and len(ours) > 1  # modules are equal where they are the same

@@ -158,12 +158,13 @@ def _join_and_leave(t: int, columns: Sequence[Column], views: dict[str, tuple[Te
     """`sweep.join_and_leave` on the blocks' columns."""
     leaving = [(k, column.query) for k, column in enumerate(columns) if column.start == t]
     joining = [(k, column.query) for k, column in enumerate(columns) if column.stop == t]
-    for name, block in gradients.items():
-        rows, own = block.unbind(0), views[name]
-        for k, query in leaving:
-            own[k].sub_(rows[query])
-        for k, query in joining:
-            own[k].copy_(rows[query])
+    rows = {name: block.unbind(0) for name, block in gradients.items()}
+    if leaving:
+        of_columns = [views[name][k] for name in rows for k, _ in leaving]
+        torch._foreach_sub_(of_columns, [own[query] for own in rows.values() for _, query in leaving])
+    if joining:
+        of_columns = [views[name][k] for name in rows for k, _ in joining]
+        torch._foreach_copy_(of_columns, [own[query] for own in rows.values() for _, query in joining])
 
 
 def query_gradients(
@@ -182,7 +183,7 @@ def query_gradients(
         or len(points) * ev.num_parameters > SLICE_NUMBERS
     ):
         return generic
-    theta = torch.cat([ev.trajectory.rows(t, t + 1) for t in points]).to(ev.dtype)
+    theta = _rows(ev, points)
     args, kwargs, target = ev.unpack(asked[0].batch)
     recognized, first = native.recognized, generic(points[0])
     try:
@@ -194,14 +195,27 @@ def query_gradients(
             ops.mlp_gradient(recognized.net, theta, x[rows], targets[rows], weights, flat)
     except (TypeError, ValueError, RuntimeError):  # not the inputs or targets of this net
         return generic
-    pieces = flat.split([shape.numel() for shape in ev.shapes.values()], 1)
-    found = {name: piece.reshape(-1, 1, *ev.shapes[name]) for name, piece in zip(ev.shapes, pieces, strict=True)}
+    found = {name: piece[:, None] for name, piece in _split(ev, flat).items()}
     scale = max(float(value.abs().max()) for value in first.values())
     if not all(float((found[n][0] - value).abs().max()) <= AGREEMENT[ev.dtype] * scale for n, value in first.items()):
         return generic
     by_point = zip(*(value.unbind(0) for value in found.values()), strict=True)
     at = {t: dict(zip(found, values, strict=True)) for t, values in zip(points, by_point, strict=True)}
     return at.__getitem__
+
+
+def _rows(ev: Evaluator, points: Sequence[int]) -> Tensor:
+    """θ[t] for these t, rising, as rows [n, P]; in one piece of the log where they lie close together."""
+    first, last = points[0], points[-1]
+    if last - first < 4 * len(points):
+        return ev.trajectory.rows(first, last + 1)[[t - first for t in points]].to(ev.dtype)
+    return torch.cat([ev.trajectory.rows(t, t + 1) for t in points]).to(ev.dtype)
+
+
+def _split(ev: Evaluator, flat: Tensor) -> Params:
+    """Rows [K, P] as one block [K, *shape] per parameter."""
+    pieces = flat.split([shape.numel() for shape in ev.shapes.values()], 1)
+    return {name: piece.unflatten(1, shape) for (name, shape), piece in zip(ev.shapes.items(), pieces, strict=True)}
 
 
 def _padded(native: Native, num_columns: int, line: int = LINE) -> int:
@@ -341,24 +355,25 @@ def one_step(ev: Evaluator, native: Native, params: Params, batch: Batch, lr: fl
 def _compare(ev: Evaluator, native: Native, params: Params, batch: Batch, hessian: Hessian) -> None:
     """NotCompiled where dots or Hessian products of a batch differ from those of the generic path."""
     generator = torch.Generator().manual_seed(0)
-    probe = {n: torch.randn(2, *v.shape, generator=generator, dtype=torch.float64).to(v) for n, v in params.items()}
+    flat = torch.randn(1, ev.num_parameters, generator=generator, dtype=torch.float64).to(ev.device, ev.dtype)
+    probe = _split(ev, flat)
     dots, hvp = linearize(ev, params, batch, hessian)[1](probe)
     size, recognized = len(batch.ids), native.recognized
     # lr = −1 makes c = u, coefficients enter the scores as −a_b
     steps = one_step(ev, native, params, batch, lr=-1.0)
-    blocks = make_blocks(ev, native, 2)
+    blocks = make_blocks(ev, native, 1)
     for name, value in probe.items():
         blocks[name].copy_(value)
-    scores = torch.zeros(2, size, dtype=torch.float64, device=ev.device)
+    scores = torch.zeros(1, size, dtype=torch.float64, device=ev.device)
     own = [None if name is None else blocks[name] for name in recognized.parameters]
     if native.engine == "team":
-        joins = torch.ones(2, dtype=torch.int64, device=ev.device)
-        team = native.team(ev, 2, hessian)
+        joins = torch.ones(1, dtype=torch.int64, device=ev.device)
+        team = native.team(ev, 1, hessian)
         options: dict[str, Any] = {"l2": ev.l2, "hessian": hessian}
         mlp_team.TeamSweep(recognized.net, steps, own, None, scores, joins, 0 * joins, None, team, **options).run()
     else:
         op = mlp_gemm.GemmSweep if native.engine == "gemm" else ops.MlpSweep
-        op(recognized.net, steps, own, None, scores, l2=ev.l2, hessian=hessian).run(0, 1, 2)
+        op(recognized.net, steps, own, None, scores, l2=ev.l2, hessian=hessian).run(0, 1, 1)
     pairs = [(scores, -dots * batch.coefficients.double(), 0.0)]
     largest = max(float(value.abs().max()) for value in hvp.values())
     rounding = 4 * torch.finfo(ev.dtype).eps

@@ -106,10 +106,39 @@ def trace(model: nn.Module) -> fx.Graph:
     hooked = [n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks]
     if hooked:
         raise NotCompiled(f"module '{hooked[0]}' has hooks")
+    names = _leaves_in_order(model)
+    if names is not None:
+        # the graph that the tracer would make, in a tenth of its time
+        graph = fx.Graph()
+        node = graph.placeholder("input")
+        for name in names:
+            node = graph.call_module(name, (node,))
+        graph.output(node)
+        return graph
     try:
         return fx.Tracer().trace(model)
     except Exception as error:  # tracing runs the user's forward on proxies: anything may be raised there
         raise NotCompiled(f"torch.fx cannot trace the model: {str(error).splitlines()[0][:120]}") from error
+
+
+def _leaves_in_order(model: nn.Module, prefix: str = "") -> list[str] | None:
+    """The modules that nested Sequentials call one after the other; None where there is anything else."""
+    if type(model) is not nn.Sequential or "forward" in vars(model):
+        return None
+    names: list[str] = []
+    for name, module in model._modules.items():
+        if module is None:
+            return None
+        if isinstance(module, nn.Sequential):
+            inner = _leaves_in_order(module, f"{prefix}{name}.")
+            if inner is None:
+                return None
+            names += inner
+        elif type(module).__module__.startswith("torch.nn."):
+            names.append(prefix + name)
+        else:
+            return None
+    return names
 
 
 def _chain(ev: Evaluator) -> tuple[tuple[MlpLayer, ...], tuple[str | None, ...]]:
@@ -253,7 +282,7 @@ def _loss(ev: Evaluator, output: Tensor, target: Any) -> tuple[str, float]:
             value, gradient = _value_and_gradient(ev.losses_of, z, tau, size)
         except Exception:  # the user's loss may refuse targets of this kind in any way
             continue
-        expected, expected_gradient = _value_and_gradient(_FORMULAS[kind], z, tau)
+        expected, expected_gradient = _FORMULAS[kind](z, tau)
         scale = float((gradient * expected_gradient).sum() / expected_gradient.square().sum())
         if _close(value, scale * expected) and _close(gradient, scale * expected_gradient) and scale != 0:
             return kind, _round_scale(scale, output.numel() // len(output))
@@ -273,7 +302,7 @@ def check_targets(ev: Evaluator, recognized: Recognized, targets: Tensor) -> Non
             raise NotCompiled("a class of cross entropy lies outside the model's outputs")
         z = torch.randn(len(rows), *recognized.output_shape, generator=generator, dtype=torch.float64)
         value, gradient = _value_and_gradient(ev.losses_of, z, rows, len(rows))
-        expected, expected_gradient = _value_and_gradient(_FORMULAS[net.loss], z, ours)
+        expected, expected_gradient = _FORMULAS[net.loss](z, ours)
         if not (_close(value, net.loss_scale * expected) and _close(gradient, net.loss_scale * expected_gradient)):
             raise NotCompiled(f"per_sample_loss is not {net.loss} for every target of the data")
 
@@ -329,20 +358,23 @@ def _rows(value: Tensor) -> Tensor:
     return value.reshape(len(value), -1)
 
 
-def _cross_entropy(y: Tensor, tau: Tensor) -> Tensor:
-    return y.logsumexp(1) - y.gather(1, tau[:, None])[:, 0]
+def _cross_entropy(y: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    own = tau[:, None]
+    return y.logsumexp(1) - y.gather(1, own)[:, 0], y.softmax(1).scatter_add_(1, own, -torch.ones_like(y[:, :1]))
 
 
-def _bce_logits(y: Tensor, tau: Tensor) -> Tensor:
-    return (F.softplus(_rows(y)) - _rows(y) * _rows(tau)).sum(1)
+def _bce_logits(y: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    # log(1 + exp y) − τ y
+    value = (_rows(y).logaddexp(torch.zeros((), dtype=y.dtype)) - _rows(y) * _rows(tau)).sum(1)
+    return value, y.sigmoid() - tau.view_as(y)
 
 
-def _squared_error(y: Tensor, tau: Tensor) -> Tensor:
-    return (_rows(y) - _rows(tau)).square().sum(1)
+def _squared_error(y: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    return (_rows(y) - _rows(tau)).square().sum(1), 2 * (y - tau.view_as(y))
 
 
-# csrc/loss.h in torch
-_FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+# csrc/loss.h in torch: values [B] and their gradient, of the shape of y
+_FORMULAS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "cross_entropy": _cross_entropy,
     "bce_logits": _bce_logits,
     "squared_error": _squared_error,
