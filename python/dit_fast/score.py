@@ -68,8 +68,8 @@ def score(
         "auto" = the one of fewer FLOPs (`estimate_score`). `meta["why_method"]` says which they were.
     refine: this many samples per window and query, those of largest |score|, get their true score by retraining;
         `result.retrained` marks them.
-    backend: "native" for feed-forward nets under SGD, compiled, on CPU and CUDA; "factors" for hessian "fisher", "ggn" and "none",
-        by the factors in the log where it has them (the problem is then asked for the query's gradients alone), else by
+    backend: "native" for feed-forward nets under SGD, compiled, on CPU and CUDA; "factors" for hessian "fisher", "ggn" and
+        "none", by the factors in the log where it has them (the problem is then asked for the query's gradients alone), else by
         those it makes anew from the problem; "layerwise" for convolutional nets; "generic" for any module; "auto" = the first
         of these that fits, factors of the log without a problem only. `meta["backend"]` says which it was, `meta["why"]` why.
         ValueError where the one asked for cannot be used.
