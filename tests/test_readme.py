@@ -67,8 +67,10 @@ def test_the_log_holds_what_the_table_says(example):
     always = rows("| in a chunk |")
     with safe_open("runs/mine/chunk-000000.safetensors", framework="pt") as file:
         assert always == set(file.keys())
-    with safe_open("runs/adamw/chunk-000000.safetensors", framework="pt") as file:
-        names = {re.sub(r"^batch_\d+", "batch_i", name) for name in file.keys()}  # noqa: SIM118
+    names = set()
+    for run in ("adamw", "factors"):
+        with safe_open(f"runs/{run}/chunk-000000.safetensors", framework="pt") as file:
+            names |= {re.sub(r"^(batch|factor)_\d+", r"\1_i", name) for name in file.keys()}  # noqa: SIM118
     assert always | rows("| in a chunk where there is need |") == names
     files = {path.name for path in Path("runs/mine").iterdir()}
     assert files == {"manifest.json", "chunk-000000.safetensors", "constants.safetensors"}
@@ -82,6 +84,13 @@ def test_the_second_example_is_scored_by_its_own_rule(example):
     arguments = (dit_fast.Trajectory.open("runs/adamw"), example["seen_problem"], example["query"])
     slow = dit_fast.reference.score(*arguments, sample_ids=[0, 1, 2])
     torch.testing.assert_close(by_adamw.scores[..., :3], slow.scores, rtol=0, atol=1e-5 * float(slow.scores.abs().max()))
+
+
+def test_the_example_without_a_problem_is_scored_as_with_one(example):
+    alone, trajectory = example["alone"], dit_fast.Trajectory.open("runs/factors")
+    problem = dit_fast.Problem(example["wide"], torch.nn.CrossEntropyLoss(reduction="none"), (example["x"], example["y"]))
+    whole = dit_fast.score(trajectory, problem, example["query"], windows="epochs", hessian="fisher", backend="generic")
+    torch.testing.assert_close(alone.scores, whole.scores, rtol=0, atol=1e-4 * float(whole.scores.abs().max()))
 
 
 def test_make_targets_exist():
