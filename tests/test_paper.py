@@ -106,7 +106,7 @@ def test_queries_at_the_end_of_the_run_differ_in_early_windows_alone(run):
 
 def test_correlation():
     rows = correlation.measure("digits", "logreg", 0, rate=0.3, samples=32, epochs=3)
-    assert len(rows) == 7 * 6
+    assert len(rows) == 7 * (3 + len(rivals.DAMPING))
     exact = {row["window"]: row["pearson"] for row in rows if row["method"] == "DIT, exact"}
     assert min(exact.values()) > 0.8
     text = correlation.report(rows)["Pearson correlation with retraining"]
