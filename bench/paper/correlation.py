@@ -60,6 +60,7 @@ def report(rows: list[dict[str, Any]]) -> dict[str, str]:
     """The tables: Pearson and Spearman in the thirds and the whole, and Pearson in single epochs."""
     epochs = ("first epoch", "middle epoch", "last epoch")
     return {
+        "Pearson correlation with retraining by net: mean over data sets (lowest – highest mean of one)": by_net(rows),
         "Pearson correlation with retraining": table(rows, "pearson", SHOWN),
         "Spearman correlation with retraining": table(rows, "spearman", SHOWN),
         "Pearson correlation with retraining, single epochs": table(rows, "pearson", epochs),
@@ -71,11 +72,33 @@ def table(rows: list[dict[str, Any]], key: str, windows: tuple[str, ...]) -> str
     lines = []
     for data, net in dict.fromkeys((row["data"], row["net"]) for row in rows):
         of_run = [row for row in rows if (row["data"], row["net"]) == (data, net)]
-        best = max(METHODS[-len(rivals.DAMPING) :], key=lambda method: total(of_run, method, key))
-        for method in (*rivals.WINDOWED, best):
+        for method in (*rivals.WINDOWED, best_damping(of_run, key)):
             cells = [[r[key] for r in of_run if (r["method"], r["window"]) == (method, window)] for window in windows]
             lines.append([data, net, method, *map(tables.spread, cells)])
     return tables.markdown(["data", "net", "method", *windows], lines)
+
+
+def by_net(rows: list[dict[str, Any]]) -> str:
+    """A line for each net and method, of means over seeds."""
+    lines = []
+    for net in dict.fromkeys(row["net"] for row in rows):
+        of_net = [row for row in rows if row["net"] == net]
+        runs = [[row for row in of_net if row["data"] == data] for data in dict.fromkeys(row["data"] for row in of_net)]
+        for method in (*rivals.WINDOWED, "influence function"):
+            cells = []
+            for window in SHOWN:
+                means = []
+                for of_run in runs:
+                    name = best_damping(of_run, "pearson") if method == "influence function" else method
+                    means.append(tables.mean([r["pearson"] for r in of_run if (r["method"], r["window"]) == (name, window)]))
+                cells.append(f"{sum(means) / len(means):.2f} ({min(means):.2f} – {max(means):.2f})")
+            lines.append([net, method, *cells])
+    return tables.markdown(["net", "method", *SHOWN], lines)
+
+
+def best_damping(rows: list[dict[str, Any]], key: str) -> str:
+    """The influence function that does best over the whole run."""
+    return max(METHODS[-len(rivals.DAMPING) :], key=lambda method: total(rows, method, key))
 
 
 def total(rows: list[dict[str, Any]], method: str, key: str) -> float:

@@ -92,6 +92,7 @@ def fitted_share(run: Run) -> torch.Tensor:
 def report(rows: list[dict[str, Any]]) -> dict[str, str]:
     """A table for each figure."""
     return {
+        "Flipped labels found when as many samples are inspected as were flipped, mean over shares and seeds": by_run(rows),
         "Flipped labels found when as many samples are inspected as were flipped, in per cent": table(rows, "found at 1×"),
         "Flipped labels found when twice as many are inspected, in per cent": table(rows, "found at 2×"),
         "Area under the ROC curve, in per cent": table(rows, "auc"),
@@ -109,6 +110,16 @@ def table(rows: list[dict[str, Any]], key: str) -> str:
         cells = [tables.percent([row[key] for row in of_run if row["ranking"] == ranking]) for ranking in SHOWN]
         lines.append([data, net, str(epochs), f"{flips:.0%}", fitted, *cells])
     return tables.markdown(["data", "net", "epochs", "flipped", "fitted", *SHOWN.values()], lines)
+
+
+def by_run(rows: list[dict[str, Any]]) -> str:
+    """A line for each data set and net, in per cent."""
+    lines = []
+    for case in dict.fromkeys(case_of(row)[:3] for row in rows):
+        of_run = [row for row in rows if case_of(row)[:3] == case]
+        means = [tables.mean([row["found at 1×"] for row in of_run if row["ranking"] == ranking]) for ranking in SHOWN]
+        lines.append([*map(str, case), *(f"{100 * mean:.0f}" for mean in means)])
+    return tables.markdown(["data", "net", "epochs", *SHOWN.values()], lines)
 
 
 def case_of(row: dict[str, Any]) -> tuple[str, str, int, float]:

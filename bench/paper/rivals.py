@@ -16,7 +16,7 @@ from .runs import Run
 
 Params = dict[str, Tensor]
 Windows = dict[str, tuple[int, int]]
-DAMPING = (1e-3, 1e-2, 1e-1)
+DAMPING = (1e-3, 1e-2, 1e-1, 1.0)
 
 
 def exact(run: Run, windows: Windows) -> Tensor:

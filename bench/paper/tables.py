@@ -33,6 +33,12 @@ def spread(values: Sequence[float | None], digits: int = 2, scale: float = 1.0) 
     return f"{known.mean():.{digits}f} ± {deviation:.{digits}f}{missing}"
 
 
+def mean(values: Sequence[float | None]) -> float:
+    """Of those that there are; NaN where there are none."""
+    known = [value for value in values if value is not None and value == value]
+    return sum(known) / len(known) if known else float("nan")
+
+
 def percent(values: Sequence[float | None], digits: int = 0) -> str:
     """The same in per cent."""
     return spread(values, digits, 100.0)
