@@ -12,6 +12,7 @@
 #include "cpu/mlp_team.h"
 #include "grad_dot.h"
 #include "lowrank_update.h"
+#include "max_pool.h"
 #include "mlp_gradient.h"
 #include "mlp_retrain.h"
 #include "mlp_rows.h"
@@ -245,6 +246,44 @@ dit_fast::MlpRows<Real> mlp_rows_args(const std::array<Index, 3>& sizes, const s
           pointer<double>(operands[9])};
 }
 
+// in, out, kernel, stride, padding, dilation
+using PoolSpec = std::array<std::array<Index, 2>, 6>;
+
+dit_fast::PoolShape pool_shape(const PoolSpec& spec) {
+  dit_fast::PoolShape shape{};
+  for (int d = 0; d < 2; ++d) {
+    shape.in[d] = spec[0][d];
+    shape.out[d] = spec[1][d];
+    shape.kernel[d] = spec[2][d];
+    shape.stride[d] = spec[3][d];
+    shape.padding[d] = spec[4][d];
+    shape.dilation[d] = spec[5][d];
+  }
+  return shape;
+}
+
+template <class Real>
+dit_fast::MaxPool<Real> max_pool_args(Index num_planes, const PoolSpec& spec, double slope, Address x, Address y,
+                                      Address places, bool wide) {
+  return {num_planes, pool_shape(spec), slope, pointer<const Real>(x), pointer<Real>(y), {pointer<void>(places), wide}};
+}
+
+// y, places, from, to
+template <class Real>
+dit_fast::PoolColumns<Real> pool_columns_args(const Three& sizes, const PoolSpec& spec, double slope, Address y,
+                                              Address places, bool wide, bool transposed, Address from, Address to) {
+  return {sizes[0],
+          sizes[1],
+          sizes[2],
+          pool_shape(spec),
+          slope,
+          pointer<const Real>(y),
+          {pointer<void>(places), wide},
+          transposed,
+          pointer<const Real>(from),
+          pointer<Real>(to)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -339,6 +378,24 @@ PYBIND11_MODULE(_C, m) {
                                mlp_rows_args<double>(sizes, activation, loss, weighted, operands));
         cpu::mlp_rows(static_cast<dit_fast::Piece>(piece),
                       mlp_rows_args<float>(sizes, activation, loss, weighted, operands));
+      },
+      Free());
+  m.def(
+      "max_pool_cpu",
+      [](bool twice, Index num_planes, const PoolSpec& spec, double slope, Address x, Address y, Address places,
+         bool wide, int threads) {
+        if (twice) return cpu::max_pool(max_pool_args<double>(num_planes, spec, slope, x, y, places, wide), threads);
+        cpu::max_pool(max_pool_args<float>(num_planes, spec, slope, x, y, places, wide), threads);
+      },
+      Free());
+  m.def(
+      "pool_columns_cpu",
+      [](bool twice, const Three& sizes, const PoolSpec& spec, double slope, Address y, Address places, bool wide,
+         bool transposed, Address from, Address to, int threads) {
+        if (twice)
+          return cpu::pool_columns(pool_columns_args<double>(sizes, spec, slope, y, places, wide, transposed, from, to),
+                                   threads);
+        cpu::pool_columns(pool_columns_args<float>(sizes, spec, slope, y, places, wide, transposed, from, to), threads);
       },
       Free());
   m.def("team_bytes", &team_bytes);
@@ -440,6 +497,29 @@ PYBIND11_MODULE(_C, m) {
         cuda::mlp_rows(static_cast<dit_fast::Piece>(piece),
                        mlp_rows_args<float>(sizes, activation, loss, weighted, operands), device,
                        reinterpret_cast<void*>(stream));
+      },
+      Free());
+  m.def(
+      "max_pool_cuda",
+      [](bool twice, Index num_planes, const PoolSpec& spec, double slope, Address x, Address y, Address places,
+         bool wide, int device, Address stream) {
+        if (twice)
+          return cuda::max_pool(max_pool_args<double>(num_planes, spec, slope, x, y, places, wide), device,
+                                reinterpret_cast<void*>(stream));
+        cuda::max_pool(max_pool_args<float>(num_planes, spec, slope, x, y, places, wide), device,
+                       reinterpret_cast<void*>(stream));
+      },
+      Free());
+  m.def(
+      "pool_columns_cuda",
+      [](bool twice, const Three& sizes, const PoolSpec& spec, double slope, Address y, Address places, bool wide,
+         bool transposed, Address from, Address to, int device, Address stream) {
+        if (twice)
+          return cuda::pool_columns(
+              pool_columns_args<double>(sizes, spec, slope, y, places, wide, transposed, from, to), device,
+              reinterpret_cast<void*>(stream));
+        cuda::pool_columns(pool_columns_args<float>(sizes, spec, slope, y, places, wide, transposed, from, to), device,
+                           reinterpret_cast<void*>(stream));
       },
       Free());
   m.def("device_limits", [](int device) {

@@ -26,7 +26,8 @@ ALLOWED = {
     "factored": "",
     "lowrank": "",
     "ops": "_C lowrank mlp",
-    "ops_torch": "lowrank mlp",
+    "pooling": "ops",
+    "ops_torch": "lowrank mlp pooling",
     "mlp_team": "mlp ops",
     "mlp_gemm": "mlp ops",
     "modules": "errors",
@@ -87,8 +88,8 @@ ALLOWED = {
         "replay result sweep trajectory"
     ),
     "native_retrain": "mlp mlp_team native ops problem queries recognize",
-    "duals": "",
-    "layers": "duals problem recognize",
+    "duals": "ops_torch pooling",
+    "layers": "duals pooling problem recognize",
     "layerwise": "data duals layers linearize problem recognize sweep",
     "retrain": "byte_sizes data guard native native_retrain plan problem progress queries recognize replay result trajectory",
     "score": (
@@ -139,7 +140,7 @@ LAZY = {
 # the slow truth shares no code with what it judges
 NOT_IN_REFERENCE = (
     "ops optimizers score estimate sweep linearize layerwise native native_retrain recognize plan factors replay "
-    "retrain duals layers native_team mlp_team mlp_gemm"
+    "retrain duals layers pooling native_team mlp_team mlp_gemm"
 )
 
 

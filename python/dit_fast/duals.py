@@ -13,13 +13,15 @@ with K parameter tangents has them stacked as K·O (or K·I) channels, both with
 Without a `backward` before it δ counts as 0, which leaves the Gauss–Newton part of `tangent_backward`.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from dit_fast import ops_torch, pooling
+from dit_fast.pooling import PoolWindow
 
 Maybe = Tensor | None
 Call = Callable[[Tensor], Tensor]
@@ -75,7 +77,8 @@ class Conv(Dual):
             # conv(x, C_k): the columns as stacked output channels, group by group
             K, O, G = *weight.shape[:2], self.window.groups
             stacked = weight.unflatten(1, (G, O // G)).transpose(0, 1).flatten(0, 2)
-            y = _from_groups(self._apply(self.x, stacked), G, K)
+            shift = None if bias is None else bias.unflatten(1, (G, O // G)).transpose(0, 1).flatten()
+            y, bias = _from_groups(self._apply(self.x, stacked, shift), G, K), None
         if self.dx is not None:
             shared = self._apply(self.dx.flatten(0, 1), self.weight).unflatten(0, self.dx.shape[:2])
             y = shared if y is None else y.add_(shared)
@@ -109,11 +112,11 @@ class Conv(Dual):
         return (F.conv1d if x.ndim == 3 else F.conv2d)(x, weight, bias, *self.window)
 
     def _to_input(self, delta: Tensor, shape: torch.Size, weight: Tensor) -> Tensor:
-        # of the input only the shape counts
-        return self._transposed(delta, delta.new_empty(1).expand(shape), weight, (True, False, False))[0]
+        # of the input only the shape counts; one that is not contiguous would be copied
+        return self._transposed(delta, delta.new_empty(shape), weight, (True, False, False))[0]
 
     def _to_weight(self, delta: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
-        return self._transposed(delta, x, delta.new_empty(1).expand(shape), (False, True, False))[1]
+        return self._transposed(delta, x, delta.new_empty(shape), (False, True, False))[1]
 
     def _transposed(self, delta: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> Any:
         stride, padding, dilation, groups = self.window
@@ -213,39 +216,36 @@ class PiecewiseLinear(Activation):
 
 
 class MaxPool(Dual):
-    """y = the largest of f(x) in each window, or x itself at those places where `bare`: then f can follow on fewer numbers.
+    """y = the largest number of each window of x, behind it an activation x > 0 ? x : slope·x, slope ≥ 0; 1 for none.
 
-    find(f(x)) → (maxima, their places in the flattened spatial dimensions), as torch's return_indices gives them.
+    With f: the largest of f(x), but y is x itself at those places, so that f can follow on fewer numbers; slope is 1.
     """
 
-    def __init__(self, find: Callable[[Tensor], tuple[Tensor, Tensor]], overlap: bool, f: Call | None, x: Tensor) -> None:
-        self.overlap, self.shape = overlap, x.shape
-        self.y, places = find(x if f is None else f(x.clone()))
-        self.out = self.y.shape
-        self.places = places.flatten(2)
+    def __init__(self, window: PoolWindow, slope: float, f: Call | None, x: Tensor) -> None:
+        self.window, self.slope, self.spatial = window, slope, x.shape[2:]
+        self.ops: Any = pooling if pooling.is_compiled(x.device) else ops_torch
+        self.y, self.places = self.ops.max_pool(x if f is None else f(x.clone()), window, slope)
         if f is not None:
-            self.y = x.flatten(2).gather(2, self.places).view(self.out)
+            self.y = self._tangent(x[:, None])[:, 0]
 
     def backward(self, delta: Tensor, wanted: Sequence[bool]) -> list[Maybe]:
-        return [self._scatter(delta[:, None])[:, 0]]
+        return [self._transposed(delta[:, None])[:, 0]]
 
     def tangent(self, dxs: list[Maybe], block: list[Maybe]) -> Maybe:
         (dx,) = dxs
-        if dx is None:
-            return None
-        return dx.flatten(3).gather(3, self._spread(dx.shape[1])).view(*dx.shape[:2], *self.out[1:])
+        return None if dx is None else self._tangent(dx)
 
     def tangent_backward(self, delta: Tensor, block: list[Maybe], wanted: Sequence[bool]) -> tuple[list[Maybe], list[Maybe]]:
-        return [self._scatter(delta)], []
+        return [self._transposed(delta)], []
 
-    def _scatter(self, delta: Tensor) -> Tensor:
-        K = delta.shape[1]
-        dx = delta.new_zeros(len(delta), K, self.shape[1], math.prod(self.shape[2:]))
-        add = dx.scatter_add_ if self.overlap else dx.scatter_
-        return add(3, self._spread(K), delta.flatten(3)).view(len(delta), K, *self.shape[1:])
+    def _tangent(self, dx: Tensor) -> Tensor:
+        return self.ops.pool_tangent(self.window, self.places, dx, *self._activation())
 
-    def _spread(self, num_columns: int) -> Tensor:
-        return self.places[:, None].expand(-1, num_columns, -1, -1)
+    def _transposed(self, delta: Tensor) -> Tensor:
+        return self.ops.pool_transposed(self.window, self.places, delta, self.spatial, *self._activation())
+
+    def _activation(self) -> tuple[Maybe, float]:
+        return (None if self.slope == 1 else self.y), self.slope
 
 
 class LinearMap(Dual):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from dit_fast import duals
 from dit_fast.duals import Dual
+from dit_fast.pooling import PoolWindow, pooled_size
 from dit_fast.problem import Batch, Evaluator, Params
 from dit_fast.recognize import NotCompiled, changes_shape_alone, is_size, node_name, trace
 
@@ -24,7 +25,7 @@ class Node:
 
     sources: (module, attribute) of each tensor `make` is given. parameters: the logged names of the first of them, those
     that `Dual.tangent` has tangents of; None for one that was not trained. activation: the function, where it is one;
-    rises: with its argument, and is flat only where its derivative is 0. pool: of a maximum pooling, how it is made with an
+    slope: where it is x > 0 ? x : slope·x. pool: of a maximum pooling, how it is made with this slope behind it or this
     activation in front.
     """
 
@@ -33,8 +34,8 @@ class Node:
     sources: tuple[tuple[nn.Module, str], ...] = ()
     parameters: tuple[str | None, ...] = ()
     activation: Callable[[Tensor], Tensor] | None = None
-    rises: bool = False
-    pool: Callable[[Any], Make] | None = None
+    slope: float | None = None
+    pool: Callable[[float, Any], Make] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,6 @@ class Net:
     sample_shape: torch.Size
     largest: int
     has_convolution: bool
-
-
-# torch's pooling on the CPU is five times as fast with channels last, for as many as fill a vector register
-CHANNELS_LAST_FROM = 8
 
 
 def read(ev: Evaluator, params: Params, batch: Batch) -> Net:
@@ -82,9 +79,10 @@ def read(ev: Evaluator, params: Params, batch: Batch) -> Net:
                 raise NotCompiled(f"{node_name(node)} does not give one tensor with a row per sample")
             operation = model.get_submodule(node.target) if node.op == "call_module" else node.target
             made = _read_node(operation, node, shapes.found, position, names)
+            is_wanted = any(made.parameters) or any(wanted[i] for i in made.inputs)
             _append(nodes, node, made)
             position[node] = len(nodes)
-            wanted.append(any(made.parameters) or any(wanted[i] for i in made.inputs))
+            wanted[len(nodes) :] = [is_wanted]
     used = {name for node in nodes for name in node.parameters}
     if unused := [name for name in ev.shapes if name not in used]:
         raise NotCompiled(f"parameter '{unused[0]}' belongs to none of the layers")
@@ -111,15 +109,16 @@ class _Shapes(fx.Interpreter):
 
 
 def _append(nodes: list[Node], node: fx.Node, made: Node) -> None:
-    """Adds `made`; a pooling behind an activation of its own trades places with it, which then has fewer numbers to do."""
+    """Adds `made`; a pooling behind an activation of its own takes it in or trades places: behind it are fewer numbers."""
     before = nodes[made.inputs[0] - 1] if nodes and made.inputs[0] == len(nodes) else None
     if made.pool is None or before is None or before.activation is None or len(node.all_input_nodes[0].users) != 1:
         nodes.append(made)
-        return
-    # a rising activation leaves the places where they are, up to ties at slope 0, which nothing passes
-    find = made.make if before.rises else made.pool(before.activation)
-    nodes[-1] = Node(before.inputs, find)
-    nodes.append(Node((len(nodes),), before.make))
+    elif before.slope is not None and before.slope >= 0:
+        # it rises and so leaves the places where they are, up to ties at slope 0, which nothing passes
+        nodes[-1] = Node(before.inputs, made.pool(before.slope, None))
+    else:
+        nodes[-1] = Node(before.inputs, made.pool(1.0, before.activation))
+        nodes.append(Node((len(nodes),), before.make))
 
 
 def _read_node(
@@ -154,10 +153,10 @@ def _read_node(
         slope = _slope(operation, node)
         if slope is None:
             return Node(inputs, lambda values, tensors: duals.Activation(call, *values), activation=call)
-        return Node(inputs, lambda values, tensors: duals.PiecewiseLinear(slope, *values), activation=call, rises=slope >= 0)
+        return Node(inputs, lambda values, tensors: duals.PiecewiseLinear(slope, *values), activation=call, slope=slope)
     if kind in _MAX_POOLS:
-        pool = partial(partial, _max_pool, _window(operation, node, _MAX_POOLS[kind], before), _MAX_POOLS[kind])
-        return Node(inputs, pool(None), pool=pool)
+        pool = partial(partial, _max_pool, _window(operation, node, _MAX_POOLS[kind], before))
+        return Node(inputs, pool(1.0, None), pool=pool)
     if kind in _LINEAR_MAPS or (kind in _MEANS and _spares_samples(node, len(before))):
         return Node(inputs, lambda values, tensors: duals.LinearMap(call, *values))
     raise NotCompiled(f"{node_name(node)} is none of the operations that are compiled")
@@ -222,23 +221,11 @@ def _read_batch_norm(module: Any, node: fx.Node, shape: torch.Size) -> tuple[Mak
     return make, [*parameters, (module, "running_mean"), (module, "running_var")], len(parameters)
 
 
-def _max_pool(window: dict[str, Any], dimensions: int, activation: Any, values: list[Tensor], tensors: list[Any]) -> Dual:
-    pool: Any = F.max_pool1d if dimensions == 1 else F.max_pool2d
-    kernel, stride, dilation = (_each(window[n], dimensions) for n in ("kernel_size", "stride", "dilation"))
-    overlap = any(s < k or d > 1 for k, s, d in zip(kernel, stride, dilation, strict=True))
-
-    def find(x: Tensor) -> tuple[Tensor, Tensor]:
-        if dimensions == 2 and x.shape[1] >= CHANNELS_LAST_FROM:
-            y, places = pool(x.contiguous(memory_format=torch.channels_last), **window, return_indices=True)
-            return y.contiguous(), places.contiguous()
-        y, places = pool(x, **window, return_indices=True)
-        return y, places
-
-    return duals.MaxPool(find, overlap, activation, *values)
+def _max_pool(window: PoolWindow, slope: float, activation: Any, values: list[Tensor], tensors: list[Any]) -> Dual:
+    return duals.MaxPool(window, slope, activation, *values)
 
 
-def _window(operation: Any, node: fx.Node, dimensions: int, shape: torch.Size) -> dict[str, Any]:
-    """kernel_size, stride, padding, dilation, ceil_mode."""
+def _window(operation: Any, node: fx.Node, dimensions: int, shape: torch.Size) -> PoolWindow:
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
     if isinstance(operation, nn.Module):
         found = {name: getattr(operation, name) for name in (*names, "return_indices")}
@@ -248,7 +235,13 @@ def _window(operation: Any, node: fx.Node, dimensions: int, shape: torch.Size) -
     if found["return_indices"] or len(shape) != dimensions + 2:
         raise NotCompiled(f"{node_name(node)} is no pooling of one tensor with samples and channels")
     found["stride"] = found["stride"] or found["kernel_size"]
-    return {name: found[name] for name in names}
+    kernel, stride, padding, dilation = (_each(found[name], dimensions) for name in names[:4])
+    window = PoolWindow(kernel, stride, padding, dilation, bool(found["ceil_mode"]))
+    try:
+        pooled_size(window, shape[2:])
+    except ValueError as refusal:
+        raise NotCompiled(f"{node_name(node)}: {refusal}") from refusal
+    return window
 
 
 def _each(value: Any, dimensions: int) -> Sequence[int]:

@@ -1,4 +1,4 @@
-"""Plain-torch twins of dit_fast.ops: the same names, arguments and results, in a few lines that can be read at once."""
+"""Plain-torch twins of dit_fast.ops and dit_fast.pooling: the same names, arguments and results, in a few lines each."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from dit_fast.lowrank import GradDotLayer, LowrankUpdateLayer, UpdateDotLayer
 from dit_fast.mlp import SETTINGS, Mlp, MlpModels, MlpSteps
+from dit_fast.pooling import BYTE_PLACES, PoolWindow
 
 
 def grad_dot(dots: Tensor, delta: Tensor, activations: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -277,3 +278,55 @@ class MlpSweep:
             curved = jvp(grad(total), (y,), (tangent,))[1]
             hvp = hvp + vjp(output, theta)[1](curved)[0]
         return dots, hvp
+
+
+def max_pool(x: Tensor, window: PoolWindow, slope: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Largest numbers of windows as f gives them, and their places in the windows; arguments: dit_fast.pooling.max_pool."""
+    pool: Callable[..., tuple[Tensor, Tensor]] = F.max_pool1d if x.ndim == 3 else F.max_pool2d
+    y, flat = pool(x, *map(list, window[:4]), ceil_mode=window.ceil_mode, return_indices=True)
+    place = torch.zeros_like(flat)
+    corners = _corners(window, flat)
+    along = [flat // x.shape[3], flat % x.shape[3]] if x.ndim == 4 else [flat]
+    for at, corner, kernel, dilation in zip(along, corners, window.kernel, window.dilation, strict=True):
+        place = place * kernel + (at - corner) // dilation
+    area = torch.Size(window.kernel).numel()
+    return torch.where(y > 0, y, slope * y), place.to(torch.uint8 if area <= BYTE_PLACES else torch.int32)
+
+
+def pool_tangent(window: PoolWindow, places: Tensor, tangent: Tensor, y: Tensor | None = None, slope: float = 1.0) -> Tensor:
+    """to[b,k,c,o] = f' from[b,k,c,w(b,c,o)]; arguments: dit_fast.pooling.pool_tangent."""
+    flat = _flat_places(window, places, tangent.shape[3:])[:, None].expand(-1, tangent.shape[1], -1, -1)
+    to = tangent.flatten(3).gather(3, flat).unflatten(3, places.shape[2:])
+    return to if y is None else to * _pool_factor(y, slope)
+
+
+def pool_transposed(
+    window: PoolWindow, places: Tensor, delta: Tensor, spatial: Sequence[int], y: Tensor | None = None, slope: float = 1.0
+) -> Tensor:
+    """to[b,k,c,w(b,c,o)] += f' from[b,k,c,o]; arguments: dit_fast.pooling.pool_transposed."""
+    flat = _flat_places(window, places, spatial)[:, None].expand(-1, delta.shape[1], -1, -1)
+    delta = delta if y is None else delta * _pool_factor(y, slope)
+    to = delta.new_zeros(*delta.shape[:3], torch.Size(spatial).numel())
+    return to.scatter_add_(3, flat, delta.flatten(3)).unflatten(3, spatial)
+
+
+def _pool_factor(y: Tensor, slope: float) -> Tensor:
+    return torch.full_like(y, slope).masked_fill_(y > 0, 1)[:, None]
+
+
+def _corners(window: PoolWindow, places: Tensor) -> list[Tensor]:
+    """Of every window the place of its first number in each spatial dimension, shaped to broadcast with `places`."""
+    found = []
+    for i, n in enumerate(places.shape[2:]):
+        start = torch.arange(n, device=places.device) * window.stride[i] - window.padding[i]
+        found.append(start.view(-1, *[1] * (places.ndim - 3 - i)))
+    return found
+
+
+def _flat_places(window: PoolWindow, places: Tensor, spatial: Sequence[int]) -> Tensor:
+    """Where the numbers lie in the flattened spatial dimensions, [B, C, outputs]."""
+    within, flat = places.long(), torch.zeros_like(places, dtype=torch.int64)
+    numbers = [within // window.kernel[-1], within % window.kernel[-1]] if len(spatial) == 2 else [within]
+    for corner, number, dilation, n in zip(_corners(window, places), numbers, window.dilation, spatial, strict=True):
+        flat = flat * n + corner + number * dilation
+    return flat.flatten(2)

@@ -28,6 +28,8 @@ from dit_fast.trajectory import Trajectory
 
 # more models at once than this are no faster on the CPU: their blocks no longer stay in cache (`bench/bench_retrain.py`)
 MODELS_AT_ONCE = 256
+# steps whose sample ids are read together
+STEPS_AT_ONCE = 4096
 
 BACKENDS = ("auto", "generic", "native")
 
@@ -297,9 +299,12 @@ def _row(tree: Any, i: int) -> Any:
 def _first_visits(ev: Evaluator, removed: list[Tensor], last: int) -> list[int]:
     """The first step each model differs in; `last` where there is none."""
     first = torch.full((ev.num_samples,), last)
-    for t in reversed(range(last)):
-        ids = ev.trajectory.batch_ids(t)
-        first[ids[ids < len(first)]] = t
+    for start in range(0, last, STEPS_AT_ONCE):
+        ids = [step.ids for step in ev.trajectory.steps(start, min(start + STEPS_AT_ONCE, last))]
+        sizes = torch.tensor([len(own) for own in ids])
+        visited, step = torch.cat(ids), torch.arange(start, start + len(ids)).repeat_interleave(sizes)
+        known = visited < ev.num_samples
+        first.scatter_reduce_(0, visited[known], step[known], "amin")
     models = torch.repeat_interleave(torch.arange(len(removed)), torch.tensor([len(ids) for ids in removed], dtype=torch.int64))
     visits = first[torch.cat([*removed, torch.zeros(0, dtype=torch.int64)])]
     return torch.full((len(removed),), last).scatter_reduce(0, models, visits, "amin").tolist()
