@@ -140,7 +140,7 @@ function drawHeat() {
   map.width = Math.round(width * ratio); map.height = Math.round(height * ratio);
   const g = map.getContext("2d"), columns = numColumns(), mix = mixer();
   g.scale(ratio, ratio);
-  g.font = "12px system-ui, sans-serif";
+  g.font = "600 12px system-ui, sans-serif"; // that of the picked window, the widest
   heat.left = Math.min(Math.max(...windows.map((w) => g.measureText(w.name).width)) + 10, width * 0.3);
   heat.width = width - heat.left;
   const pixels = Math.max(1, Math.round(heat.width * ratio)), image = g.createImageData(pixels, map.height);
@@ -289,7 +289,7 @@ function columnsOf() {
   return [
     { key: "id", title: unit, numeric: true, value: (p) => table.ids[p] },
     any(data.pictures) && { key: "picture", title: "picture", cell: (p) => picture(table.ids[p]) || "" },
-    any(data.texts) && { key: "text", title: "text", wide: true, value: (p) => data.texts[table.ids[p]] },
+    any(data.texts) && { key: "text", title: "text", wide: true, value: (p) => data.texts[table.ids[p]], cell: (p) => node("div", { class: "text" }, data.texts[table.ids[p]] ?? "–") },
     any(data.labels) && { key: "label", title: "label", value: (p) => data.labels[table.ids[p]] },
     { key: "score", title: "score", numeric: true, value: (p) => table.scores[picked][p], form: signed, tinted: true },
     table.patterns.some(Boolean) && { key: "pattern", title: "pattern", value: (p) => table.patterns[p] },
