@@ -4,17 +4,17 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const { windows } = data;
 const CARDS = 6, LINES = 5, ROW = 20;
 // what changes with the query value that is picked
-let table, words, corrupted;
+let table, words;
 const OF_VALUE = ["query", "isLoss", "table", "patterns", "stages", "detection", "agreement", "losses"];
 data.values[data.place] = Object.fromEntries(OF_VALUE.map((key) => [key, data[key]]));
 function take(value) {
   Object.assign(data, data.values[value]);
   table = data.table;
-  corrupted = new Set(data.detection ? data.detection.ids : []);
   words = data.isLoss
     ? { helps: "Helpful", harms: "Harmful", up: "it helped; without it the loss would be higher", down: "it harmed; without it the loss would be lower" }
     : { helps: "Raised by removal", harms: "Lowered by removal", up: "removing the sample raises the query", down: "removing the sample lowers the query" };
 }
+const corrupted = new Set(data.detection ? data.detection.ids : []);
 const unit = data.groups ? "group" : "sample";
 // the longest window, of equal ones the last, is the one to begin with
 let picked = windows.reduce((best, w, i) => (w.stop - w.start >= windows[best].stop - windows[best].start ? i : best), 0);
