@@ -190,6 +190,19 @@ def test_compare_of_two_files_is_the_analysis(command, kept, here):
     assert status == 0 and f"{found['windows'][1]['pearson']:.3f}" in out
 
 
+def test_stdout_is_json_alone_whatever_there_is_to_say(command, kept, here):
+    scores = dit.Influence.load(kept / "scores.safetensors")
+    scores.meta["log"] = "another"
+    scores.save(here / "other.safetensors")
+    status, out, err = command("compare", str(kept / "scores.safetensors"), str(here / "other.safetensors"), "--json")
+    assert status == 0 and json.loads(out)["windows"] and err == "note: these scores are of two different logs\n"
+    (here / "talkative.py").write_text(
+        "print('loading')\nimport tiny_run\ndef make():\n    print('made')\n    return tiny_run.make_problem()\n"
+    )
+    status, out, err = command("explain", "--problem", "talkative.py:make", "--json")
+    assert status == 0 and json.loads(out)["backend"] and err == "loading\nmade\n"
+
+
 def test_compare_with_retraining(command, kept, here):
     retrain = ("--retrain", "9", "--log", str(kept / "log"), *ASKED, "--out", "truth.safetensors")
     found = as_json(command("compare", str(kept / "scores.safetensors"), *retrain, "--json"))

@@ -6,6 +6,9 @@ import warnings
 from pathlib import Path
 
 import pytest
+import typer.main
+
+from dit_fast import cli
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -39,3 +42,19 @@ def test_a_tutorial_runs(page, tmp_path, monkeypatch, capsys):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text("utf-8")):
         assert target.startswith("https://") or (DOCS / target).is_file(), target
+
+
+def test_commands_and_their_options_exist():
+    commands = {
+        name: {option for parameter in command.params for option in parameter.opts}
+        for name, command in typer.main.get_command(cli.app).commands.items()
+    }
+    seen = set()
+    for page in PAGES:
+        for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.startswith("dit-fast "):
+                    name = line.split()[1]
+                    assert set(re.findall(r"(?<=\s)--[a-z-]+", line)) <= commands[name], line
+                    seen.add(name)
+    assert seen == {"score", "compare", "report"}

@@ -16,12 +16,14 @@ from bench.paper import (  # noqa: E402
     correlation,
     datasets,
     detection,
+    figures,
     nets,
     rates,
     rivals,
     runs,
     stages,
     tables,
+    verdicts,
 )  # fmt: skip
 
 RESULTS = {"rates": rates, "correlation": correlation, "stages": stages, "detection": detection, "cleaning": cleaning}
@@ -170,6 +172,36 @@ def test_the_tables_say_what_the_figures_say(name):
     text = tables.section(record, RESULTS[name].report(record["rows"]))
     assert (folder / "results" / f"{name}.md").read_text("utf-8") == text
     assert f"<!-- {name} -->\n\n{text}\n<!-- /{name} -->" in (folder / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", verdicts.PARTS)
+def test_the_sentences_say_what_the_figures_say(name):
+    text = " ".join((ROOT / "bench" / "paper" / "README.md").read_text("utf-8").replace("**", "").split())
+    assert [phrase for phrase in verdicts.phrases(name) if phrase not in text] == []
+
+
+def test_sentences_follow_the_figures():
+    rows = [
+        {"data": "d", "net": net, "seed": 0, "method": method, "window": window, "pearson": value}
+        for net in ("logreg", "mlp-gelu")
+        for window in correlation.SHOWN
+        for method, value in {**dict.fromkeys(correlation.METHODS, 0.5), "DIT, exact": 0.4 if net == "logreg" else 0.9}.items()
+    ]
+    said = verdicts.claim_1(rows)
+    assert "in 4 of the 8 cases" in said[0] and "reaches .90" in said[1] and "is .15 over" in said[2]
+    assert (verdicts.short(-0.134), verdicts.short(-0.001), verdicts.short(1.25, 1)) == ("−.13", ".00", "1.2")
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_figures_show_a_point_for_every_case(name):
+    make, results = figures.FIGURES[name]
+    points = [line for line in make(tables.read(results)["rows"]).axes[0].lines if line.get_marker() == "o"]
+    expected = {"claim-1": [14 * 4] * 4, "claim-2": [14 * 5, 12 * 5], "claim-3": [36] * 2}[name]
+    assert [len(line.get_xdata()) for line in points] == expected
+    assert all(np.isfinite(np.asarray([*line.get_xdata(), *line.get_ydata()], dtype=float)).all() for line in points)
+    path = ROOT / "bench" / "paper" / "results" / f"{name}.png"
+    assert path.stat().st_size < 60_000
+    assert f"](results/{name}.png)" in (ROOT / "bench" / "paper" / "README.md").read_text("utf-8")
 
 
 @pytest.mark.data

@@ -195,6 +195,27 @@ def test_one_window_and_other_queries_and_groups(tmp_path):
     assert data_of(report.write(grouped, tmp_path / "groups.html", problem=tiny_run.make_problem()))["pictures"] == {}
 
 
+def test_few_query_values_are_all_on_the_page_and_many_are_not(run, tmp_path):
+    trajectory, _ = run
+    problem, asked = tiny_run.make_problem(), tiny_run.make_two_queries()
+    result = dit.score(trajectory, problem, asked, "epochs")
+    truth = result.select(queries=1)
+    more = {"trajectory": trajectory, "problem": problem, "asked": asked, "retrained": truth}
+    data = data_of(report.write(result, tmp_path / "r.html", query=1, **more))
+    assert (data["query"], data["place"], data["values"][1]) == (result.queries[1], 1, None)
+    other = data["values"][0]
+    assert other["query"] == "loss" and other["isLoss"] and other["agreement"] is None and data["agreement"]
+    np.testing.assert_allclose(other["table"]["scores"], result.scores[:, 0].numpy(), rtol=1e-3)
+    assert other["losses"]["query"] != data["losses"]["query"] and len(other["losses"]["query"]) == 13
+    ids = {j for table in (data["table"], other["table"]) for s in table["listed"] for part in s for j in part}
+    assert set(map(int, data["pictures"])) == ids
+    with pytest.raises(ValueError, match="retrained has the values"):
+        report.write(result, tmp_path / "r.html", retrained=truth)
+    many = replace(made(5), scores=torch.randn(4, 9, 5).double(), queries=[f"logit {i}" for i in range(9)], retrained=None)
+    alone = data_of(report.write(many, tmp_path / "r.html", query=4))
+    assert (alone["query"], alone["place"], alone["values"], alone["numQueries"]) == ("logit 4", 0, [None], 9)
+
+
 def test_texts_are_data_and_never_markup(tmp_path):
     nasty = "</script><script>alert(1)</script><!-- <b>"
     path = report.write(

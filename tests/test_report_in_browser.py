@@ -181,6 +181,33 @@ def test_dark_is_dark(opened):
         opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
+def test_picking_a_query_value_changes_all_that_belongs_to_it(browser, tmp_path):
+    from selenium.webdriver.support.select import Select
+
+    scores = torch.randn(3, 2, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    windows = [Window(f"part {i}", 5 * i, 5 * i + 5) for i in range(3)]
+    result = dit.Influence(scores, windows, ["loss", "logit 1"], torch.arange(30))
+    browser.get(report.write(result, tmp_path / "r.html", query=1, corrupted=[3, 4]).as_uri())
+
+    def seen() -> list:
+        heads = [find(browser, place).text for place in ("h1", "#helps-title", "#legend", "#heat-scale", "#helps")]
+        pixels = browser.execute_script("return document.getElementById('heat-map').toDataURL()")
+        return [*heads, rows(browser), rows(browser, "#stage-table"), rows(browser, "#detection-table"), pixels]
+
+    def best() -> int:
+        return int(rows(browser)[0][0])
+
+    find(browser, "#windows label:nth-child(2)").click()
+    logit = seen()
+    assert logit[:2] == ["Influence on logit 1", "Raised by removal, most first"] and best() == int(scores[1, 1].argmax())
+    Select(find(browser, "#value")).select_by_visible_text("loss")
+    loss = seen()
+    assert loss[:2] == ["Influence on loss", "Helpful, most first"] and best() == int(scores[1, 0].argmax())
+    assert all(a != b for a, b in zip(logit, loss, strict=True)) and find(browser, ".picked").text == "part 1"
+    Select(find(browser, "#value")).select_by_visible_text("logit 1")
+    assert seen() == logit and browser.get_log("browser") == []
+
+
 def test_a_page_of_many_samples_without_anything_else(browser, tmp_path):
     scores = torch.randn(3, 2, 3000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     scores[0, 1, 5] = float("nan")

@@ -1,5 +1,6 @@
 """What the command line names: functions of the user's, windows, samples, files to read and to write."""
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -209,9 +210,13 @@ def _load(source: str) -> Any:
 
 
 def _guarded(call: Callable[[], Any], what: str) -> Any:
-    """call(); whatever the user's code raises becomes a ValueError in one line that names where."""
+    """call(); whatever the user's code raises becomes a ValueError in one line that names where.
+
+    What it prints goes to stderr, for stdout may be read by a script.
+    """
     try:
-        return call()
+        with contextlib.redirect_stdout(sys.stderr):
+            return call()
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         reason = " ".join(str(error).split())

@@ -1,5 +1,6 @@
 """The subcommands that compute scores, compare them and show them: score, compare, report."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,7 +113,7 @@ def compare(
         if out is not None:
             truth.save(out)
     if scores.meta.get("log") != truth.meta.get("log"):
-        console.print("note: these scores are of two different logs", style="yellow")
+        print("note: these scores are of two different logs", file=sys.stderr)
     rows = [
         {name: row[name] for name in ("window", "samples", "pearson", "spearman", "kendall", "top")}
         for row in analysis.compare(scores, truth, of)

@@ -78,16 +78,13 @@ def average_precision(ranking: Any, corrupted: Any) -> float:
     _refuse_none(truth)
     order = np.argsort(-values, kind="stable")
     starts = np.flatnonzero(np.append(True, values[order][1:] != values[order][:-1]))
-    total, before = 0.0, 0
-    for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
-        size, corrupt = stop - start, int(truth[order[start:stop]].sum())
-        if corrupt:
-            # at place i of a tie of n with c corrupted: c/n that it is one, then (i−1)(c−1)/(n−1) more before it
-            i = np.arange(size)
-            ahead = before + 1 + i * ((corrupt - 1) / max(size - 1, 1))
-            total += float((corrupt / size * ahead / (start + i + 1)).sum())
-        before += corrupt
-    return total / int(truth.sum())
+    sizes = np.diff(np.append(starts, len(order)))
+    corrupt = np.add.reduceat(truth[order].astype(int), starts)
+    # at place i (from 0) of a tie of n with c corrupted: c/n that it is one, then i·(c−1)/(n−1) others of the tie before it
+    slope = np.repeat((corrupt - 1) / np.maximum(sizes - 1, 1), sizes)
+    places = np.arange(len(order))
+    ahead = np.repeat(np.cumsum(corrupt) - corrupt, sizes) + 1 + (places - np.repeat(starts, sizes)) * slope
+    return float((np.repeat(corrupt / sizes, sizes) * ahead / (places + 1)).sum() / truth.sum())
 
 
 def detection_table(

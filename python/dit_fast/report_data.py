@@ -135,7 +135,7 @@ def detection_facts(result: Influence, query: int, corrupted: Any) -> dict[str, 
     }
 
 
-def agreement_facts(result: Influence, retrained: Influence, query: int) -> list[dict[str, Any]]:
+def agreement_facts(result: Influence, retrained: Influence, query: int | str) -> list[dict[str, Any]]:
     """Agreement with true retraining, window by window."""
     rows = analysis.compare(result, retrained, query)
     names = ("window", "samples", "pearson", "spearman", "kendall", "top")

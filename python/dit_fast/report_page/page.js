@@ -1,11 +1,20 @@
 "use strict";
 // Everything from the data goes into the page as text or attributes, never as markup.
 const data = JSON.parse(document.getElementById("data").textContent);
-const { table, windows } = data;
+const { windows } = data;
 const CARDS = 6, LINES = 5, ROW = 20;
-const words = data.isLoss
-  ? { helps: "Helpful", harms: "Harmful", up: "it helped; without it the loss would be higher", down: "it harmed; without it the loss would be lower" }
-  : { helps: "Raised by removal", harms: "Lowered by removal", up: "removing the sample raises the query", down: "removing the sample lowers the query" };
+// what changes with the query value that is picked
+let table, words;
+const OF_VALUE = ["query", "isLoss", "table", "patterns", "stages", "detection", "agreement", "losses"];
+data.values[data.place] = Object.fromEntries(OF_VALUE.map((key) => [key, data[key]]));
+function take(value) {
+  Object.assign(data, data.values[value]);
+  table = data.table;
+  words = data.isLoss
+    ? { helps: "Helpful", harms: "Harmful", up: "it helped; without it the loss would be higher", down: "it harmed; without it the loss would be lower" }
+    : { helps: "Raised by removal", harms: "Lowered by removal", up: "removing the sample raises the query", down: "removing the sample lowers the query" };
+}
+const corrupted = new Set(data.detection ? data.detection.ids : []);
 const unit = data.groups ? "group" : "sample";
 // the longest window, of equal ones the last, is the one to begin with
 let picked = windows.reduce((best, w, i) => (w.stop - w.start >= windows[best].stop - windows[best].start ? i : best), 0);
@@ -131,7 +140,7 @@ function drawHeat() {
   map.width = Math.round(width * ratio); map.height = Math.round(height * ratio);
   const g = map.getContext("2d"), columns = numColumns(), mix = mixer();
   g.scale(ratio, ratio);
-  g.font = "12px system-ui, sans-serif";
+  g.font = "600 12px system-ui, sans-serif"; // that of the picked window, the widest
   heat.left = Math.min(Math.max(...windows.map((w) => g.measureText(w.name).width)) + 10, width * 0.3);
   heat.width = width - heat.left;
   const pixels = Math.max(1, Math.round(heat.width * ratio)), image = g.createImageData(pixels, map.height);
@@ -209,10 +218,12 @@ function bindHeat() {
     else return;
     event.preventDefault();
   });
+}
+function drawHeatNotes() {
   byId("heat-note").textContent = (table.patterns.some((p) => p && p !== "no number") ? `A column is a ${unit}, sorted by when it matters (below) and then by the sum of its scores.` : `A column is a ${unit}, sorted by the sum of its scores.`)
     + (table.heat.order ? "" : ` ${numColumns()} bins of about ${Math.round(data.numSamples / numColumns())} ${unit}s each show means.`)
     + (table.unvisited ? ` ${many(table.unvisited)} 0 everywhere, as are those never seen.` : "") + (table.noNumber ? ` ${many(table.noNumber)} in some window without a number (grey).` : "");
-  byId("heat-scale").append(`−${short(table.limit)}`, node("i"), `+${short(table.limit)}`, node("span", {}, "(logarithmic beyond ±1 %)"));
+  byId("heat-scale").replaceChildren(`−${short(table.limit)}`, node("i"), `+${short(table.limit)}`, node("span", {}, "(logarithmic beyond ±1 %)"));
   byId("heat-readout").textContent = "Point at the map, or go through it with the arrow keys.";
 }
 
@@ -273,13 +284,12 @@ function drawCards() {
     }));
   });
 }
-const corrupted = new Set(data.detection ? data.detection.ids : []);
 function columnsOf() {
   const any = (object) => Object.keys(object).length > 0;
   return [
     { key: "id", title: unit, numeric: true, value: (p) => table.ids[p] },
     any(data.pictures) && { key: "picture", title: "picture", cell: (p) => picture(table.ids[p]) || "" },
-    any(data.texts) && { key: "text", title: "text", wide: true, value: (p) => data.texts[table.ids[p]] },
+    any(data.texts) && { key: "text", title: "text", wide: true, value: (p) => data.texts[table.ids[p]], cell: (p) => node("div", { class: "text" }, data.texts[table.ids[p]] ?? "–") },
     any(data.labels) && { key: "label", title: "label", value: (p) => data.labels[table.ids[p]] },
     { key: "score", title: "score", numeric: true, value: (p) => table.scores[picked][p], form: signed, tinted: true },
     table.patterns.some(Boolean) && { key: "pattern", title: "pattern", value: (p) => table.patterns[p] },
@@ -358,23 +368,34 @@ function plain(root, headings, rows, marked = -1) {
   root.replaceChildren(node("thead", {}, node("tr", {}, ...headings.map((text, i) => cell("th", text, i)))), node("tbody", {}, ...rows.map((row, r) => node("tr", {}, ...row.map((text, i) => cell("td", text, i, r === marked))))));
 }
 function drawOnce() {
-  byId("summary").textContent = `${data.numSamples.toLocaleString("en")} ${unit}s, ${windows.length} window${windows.length === 1 ? "" : "s"}. The query is ${data.query}${data.numQueries > 1 ? `, one of ${data.numQueries} values asked` : ""}.`;
-  byId("legend").append(...[["--helps", `Red, above 0: ${words.up}`], ["--harms", `Blue, below 0: ${words.down}`]].map(([name, text]) => { const item = node("li", {}, text); item.style.setProperty("--swatch", `var(${name})`); return item; }));
   windows.forEach((w, i) => {
     const input = node("input", { type: "radio", name: "window", value: i, "aria-label": spanOf(w) });
     input.checked = i === picked;
     input.addEventListener("change", () => pick(i));
     byId("windows").append(node("label", { title: spanOf(w) }, input, node("span", {}, w.name)));
   });
+  byId("cost-table").append(node("tbody", {}, ...data.costs.map(([name, value]) => node("tr", {}, node("th", { scope: "row" }, name), node("td", { class: "wide" }, value)))));
+  const choice = byId("value");
+  choice.append(...data.values.map((value, i) => node("option", { value: i }, value.query)));
+  choice.value = data.place;
+  choice.parentElement.hidden = data.values.length < 2;
+  choice.addEventListener("change", () => { take(Number(choice.value)); drawValue(); draw(); });
+  byId("stage-kind").addEventListener("change", drawStages);
+  bindHeat();
+}
+function drawValue() {
+  cursor = null;
+  if (data.untitled) document.title = document.querySelector("h1").textContent = `Influence on ${data.query}`;
+  byId("summary").textContent = `${data.numSamples.toLocaleString("en")} ${unit}s, ${windows.length} window${windows.length === 1 ? "" : "s"}. The query is ${data.query}${data.numQueries > 1 ? `, one of ${data.numQueries} values asked${data.values.length > 1 ? "" : " (report's value= picks another)"}` : ""}.`;
+  byId("legend").replaceChildren(...[["--helps", `Red, above 0: ${words.up}`], ["--harms", `Blue, below 0: ${words.down}`]].map(([name, text]) => { const item = node("li", {}, text); item.style.setProperty("--swatch", `var(${name})`); return item; }));
   if (data.stages) {
-    const names = { kendall: "Kendall", spearman: "Spearman", pearson: "Pearson", jaccard: "Jaccard of the top tenth" };
-    byId("stage-kind").append(...Object.keys(data.stages.kinds).map((kind) => node("option", { value: kind }, names[kind])));
-    byId("stage-kind").addEventListener("change", drawStages);
+    const names = { kendall: "Kendall", spearman: "Spearman", pearson: "Pearson", jaccard: "Jaccard of the top tenth" }, choice = byId("stage-kind"), before = choice.value;
+    choice.replaceChildren(...Object.keys(data.stages.kinds).map((kind) => node("option", { value: kind }, names[kind])));
+    if (before in data.stages.kinds) choice.value = before;
   }
   byId("agreement").hidden = !data.agreement;
   if (data.agreement) plain(byId("agreement-table"), ["window", "samples", "Pearson", "Spearman", "Kendall", "top 10 %"], data.agreement.map((r) => [r.window, String(r.samples), fixed(r.pearson), fixed(r.spearman), fixed(r.kendall), percent(r.top)]));
-  byId("cost-table").append(node("tbody", {}, ...data.costs.map(([name, value]) => node("tr", {}, node("th", { scope: "row" }, name), node("td", { class: "wide" }, value)))));
-  bindHeat();
+  drawHeatNotes();
   drawPatterns();
 }
 function showPicked() {
@@ -391,7 +412,9 @@ function draw() {
   for (const place of document.querySelectorAll(".picked")) place.textContent = windows[picked].name;
   drawRun(); drawHeat(); drawCurves(); drawCards(); drawTable(); drawStages(); drawDetection();
 }
+take(data.place);
 drawOnce();
+drawValue();
 showPicked();
 draw();
 let waiting = 0, drawnWidth = window.innerWidth;
