@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from bench_score import WORKLOADS, Setting, Workload, binary
+from settings import CASES, Setting, Workload, binary
 from torch import Tensor, nn
 
 import dit_fast
@@ -59,9 +59,9 @@ def score_on(made: Setting, device: str, backend: str = "native", dtype: torch.d
     return result.scores[:, 0].cpu()
 
 
-@pytest.mark.parametrize("name", ["W1, 21 windows", "W3, 8 windows"])
+@pytest.mark.parametrize("name", ["W1 62-8-1, 21 windows", "W3 784-1024-1024-10, 8 windows"])
 def bench_sweep(benchmark, card, name):
-    work = WORKLOADS[name]
+    work = CASES[name].work
     if benchmark.disabled:
         work = Workload(tuple(min(n, 512) for n in work.widths), 8, 3, 16, min(work.windows, 3), 3)
     made = Setting(work)
