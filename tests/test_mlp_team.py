@@ -144,6 +144,9 @@ def test_which_nets_fit_an_h100():
     assert fits(net_of(784, 8, 1)) and fits(net_of(784, 1))
     assert fits(net_of(62, 8, 1), 10_000, retrain=True).group == mlp_team.LARGEST_GROUP
     assert fits(net_of(784, 8, 1), 10_000, retrain=True).group < mlp_team.LARGEST_GROUP
+    for net in (net_of(62, 8, 1), net_of(784, 8, 1)):
+        # a processor has 228 KiB, of which each block takes one more than it asks for
+        assert 2 * (fits(net, 10_000, retrain=True).memory + 1024) <= 228 * 1024
     assert fits(net_of(784, 128, 10)) is None
     assert fits(net_of(784, 8, 1), B=10**7) is None
     assert fits(net_of(2**20, 2**20)) is None

@@ -60,6 +60,7 @@ SETTINGS = {
     "clip far away": Setting(SGD, {"lr": 0.2}, {"clip_norm": 1e6}),
     "skipped parameter": Setting(SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}, absent_at=(0, 3, 4)),
     "skipped parameter and adam": Setting(AdamW, {"lr": 0.02, "weight_decay": 0.1}, absent_at=(0, 3, 4)),
+    "skipped parameter and clipping": Setting(SGD, {"lr": 0.1, "momentum": 0.9}, {"clip_norm": 0.3}, absent_at=(0, 3, 4)),
     "accumulation": Setting(AdamW, {"lr": 0.02}, accumulate=True),
     "accumulation and clipping": Setting(SGD, {"lr": 0.1, "momentum": 0.9}, {"clip_norm": 0.3}, accumulate=True),
     "every third step": Setting(SGD, {"lr": 0.1, "momentum": 0.9}, {"every": 3}),
@@ -109,12 +110,12 @@ def log_run(net, setting, path, left_out=None):
             (kept * losses).sum().backward()
             if recorder:
                 recorder.batch(ids[part], coefficients=a[part])
+        if t in setting.absent_at:
+            next(model.parameters()).grad = None
         if "clip_norm" in setting.recorder:
             torch.nn.utils.clip_grad_norm_(model.parameters(), setting.recorder["clip_norm"])
         if "clip_value" in setting.recorder:
             torch.nn.utils.clip_grad_value_(model.parameters(), setting.recorder["clip_value"])
-        if t in setting.absent_at:
-            next(model.parameters()).grad = None
         optimizer.step()
         if scheduler:
             scheduler.step()
@@ -141,7 +142,7 @@ def unrolled_scores(run):
         gradient = torch.autograd.grad((w[ids] * a * losses).sum(), list(theta.values()), create_graph=True)
         g = dict(zip(theta, gradient, strict=True))
         if limit := setting.recorder.get("clip_norm"):
-            norm = torch.cat([x.flatten() for x in g.values()]).norm()
+            norm = torch.cat([x.flatten() for name, x in g.items() if not (t in setting.absent_at and name == first)]).norm()
             g = {name: x * limit / (norm + 1e-6) if limit < norm + 1e-6 else x for name, x in g.items()}
         if limit := setting.recorder.get("clip_value"):
             g = {name: x.clamp(-limit, limit) for name, x in g.items()}

@@ -17,6 +17,8 @@ from dit_fast.mlp import SETTINGS, Mlp, MlpModels, MlpSteps, check_retrain, chec
 LARGEST_GROUP = 8
 # bytes of shared memory that a block may ask for on an H100, for tests without one
 H100_MEMORY, H100_PROCESSORS = 232448, 132
+# bytes that a GPU keeps of every block's shared memory, beyond what a block may ask for: with a second block, of that too
+RESERVED = 1024
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,10 @@ def plan(
     if not 0 <= needs(1, memory) <= memory:
         return None
     group = max(1, min(LARGEST_GROUP, num_columns // (2 * processors)))
-    while group > 1 and needs(group, memory // 2) > memory // 2:
+    half = (memory - RESERVED) // 2
+    while group > 1 and needs(group, half) > half:
         group -= 1
-    return Team(group, max_batch, memory if group == 1 else memory // 2)
+    return Team(group, max_batch, memory if group == 1 else half)
 
 
 class TeamSweep:

@@ -7,7 +7,7 @@ random outputs. Whatever is not certain is refused with a reason in one line.
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from dit_fast.problem import Batch, Evaluator, Params
 # the loss must be ours to this share of its size, in float64
 LOSS_AGREEMENT = 1e-9
 TARGETS_AT_ONCE = 1 << 16
+# times larger outputs at which the loss must be ours too: others differ from ours in their tails alone, as Huber's does
+FAR = 100.0
 
 _SHAPE_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity)
 _SHAPE_CALLS = (torch.flatten, torch.reshape, torch.squeeze)
@@ -159,6 +161,8 @@ def _chain(ev: Evaluator) -> tuple[tuple[MlpLayer, ...], tuple[str | None, ...]]
             if {weight, bias} - {None} & set(used):
                 raise NotCompiled(f"{node_name(node)} shares its parameters with another call")
             outputs, inputs = ev.shapes[weight]
+            if layers and inputs != layers[-1].outputs:
+                raise NotCompiled(f"{node_name(node)} takes {inputs} of the {layers[-1].outputs} numbers before it at a time")
             layers.append(MlpLayer(outputs, inputs, position[weight], None if bias is None else position[bias]))
             used += [weight, bias]
             continue
@@ -279,12 +283,14 @@ def _loss(ev: Evaluator, output: Tensor, target: Any) -> tuple[str, float]:
         if tau is None:
             continue
         try:
-            value, gradient = _value_and_gradient(ev.losses_of, z, tau, size)
+            found = [_value_and_gradient(ev.losses_of, outputs, tau, size) for outputs in (z, FAR * z)]
         except Exception:  # the user's loss may refuse targets of this kind in any way
             continue
-        expected, expected_gradient = _FORMULAS[kind](z, tau)
+        expected = [_FORMULAS[kind](outputs, tau) for outputs in (z, FAR * z)]
+        gradient, expected_gradient = found[0][1], expected[0][1]
         scale = float((gradient * expected_gradient).sum() / expected_gradient.square().sum())
-        if _close(value, scale * expected) and _close(gradient, scale * expected_gradient) and scale != 0:
+        pairs = zip(chain.from_iterable(found), chain.from_iterable(expected), strict=True)
+        if scale != 0 and all(_close(ours, scale * theirs) for ours, theirs in pairs):
             return kind, _round_scale(scale, output.numel() // len(output))
     raise NotCompiled("per_sample_loss is none of cross entropy, BCE with logits and squared error at random outputs")
 

@@ -266,8 +266,9 @@ class _Literal:
         theta = [self.parameters[name].detach().requires_grad_() for name in names]
         g = [piece.detach().requires_grad_() for piece in g]
         before = [self._state_leaves(t, name) for name in names]
-        clipped = _clipped(g, self.trajectory.clip.norm, self.trajectory.clip.value)
         counts, absent = self.trajectory.counts(t), self.trajectory.absent(t)
+        seen = [piece * 0 if name in absent else piece for name, piece in zip(names, g, strict=True)]
+        clipped = _clipped(seen, self.trajectory.clip.norm, self.trajectory.clip.value)
         after, cotangents = [], []
         for i, name in enumerate(names):
             if name in absent:

@@ -153,8 +153,9 @@ class Replay:
 def advance(ev: Run, t: int, point: Point, gradient: Params) -> Point:
     """The point after step t, by the raw batch gradient, clipping and the optimizer's rule."""
     trajectory = ev.trajectory
-    gradient = trajectory.clip.forward(gradient)
     settings, groups, absent = trajectory.settings(t), trajectory.groups, trajectory.absent(t)
+    # a parameter without a gradient has no part in the norm
+    gradient = trajectory.clip.forward({name: value for name, value in gradient.items() if name not in absent})
     params, state, counts = dict(point.params), dict(point.state), dict(point.counts)
     for name, theta in point.params.items():
         if name in absent:

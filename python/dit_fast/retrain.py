@@ -207,8 +207,10 @@ def _advance(
     # row 0 is the logged model itself, so that its gradient comes out of the same call
     models = {name: torch.cat([value[None], value + block[name][0]]) for name, value in point.params.items()}
     nobody = removed[0][:0]
-    gradient = trajectory.clip.forward(_gradients(ev, ev.batches(t), models, [nobody, *removed], mapper), stacked=True)
     settings, groups, absent = trajectory.settings(t), trajectory.groups, trajectory.absent(t)
+    gradient = _gradients(ev, ev.batches(t), models, [nobody, *removed], mapper)
+    # a parameter without a gradient has no part in the norm
+    gradient = trajectory.clip.forward({n: value for n, value in gradient.items() if n not in absent}, stacked=True)
     for name, blocks in block.items():
         if name in absent:
             continue

@@ -90,6 +90,8 @@ def _cotangent(ev: Run, t: int, point: Point, gradient: Params, u: dict[str, lis
     """c [K, *shape], the cotangent of the raw batch gradient, by the optimizer's adjoint rule; u becomes u' in place."""
     trajectory = ev.trajectory
     settings, groups, absent = trajectory.settings(t), trajectory.groups, trajectory.absent(t)
+    # a parameter without a gradient has no part in the norm
+    gradient = {name: torch.zeros_like(value) if name in absent else value for name, value in gradient.items()}
     clipped = trajectory.clip.forward(gradient)
     cotangent = {}
     for name, theta in point.params.items():
