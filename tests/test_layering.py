@@ -107,7 +107,7 @@ ALLOWED = {
     # what users meet
     "analysis": "cleaning correlation curves datamodeling detection patterns suspects",
     "__init__": (
-        "analysis data errors estimate factor_options log_size ops optimizers problem queries recorder reference result "
+        "analysis data errors estimate factor_options index log_size ops optimizers problem queries recorder reference result "
         "retrain score trajectory"
     ),
     "sample_views": "problem",

@@ -305,10 +305,7 @@ def _query_parts(ev: Evaluator, params: Params, query: Query) -> list[tuple[int,
 
 def _log_bytes(trajectory: Trajectory, stop: int) -> int:
     """Bytes of the chunks that hold the steps before `stop`, in proportion to all steps."""
-    if trajectory.path is None:
-        return 0
-    chunks = sum(file.stat().st_size for file in trajectory.path.glob("chunk-*.safetensors"))
-    return round(chunks * stop / trajectory.num_steps)
+    return round(trajectory.num_bytes * stop / trajectory.num_steps)
 
 
 def _cost(estimate: ScoreEstimate | RetrainEstimate) -> str:
