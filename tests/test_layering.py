@@ -73,6 +73,7 @@ ALLOWED = {
     "linearize": "data errors problem",
     "plan": "byte_sizes linearize problem trajectory",
     "sweep": "errors plan problem replay",
+    "fisher": "problem replay sweep",
     # factors
     "factor_products": "factored ops",
     "factor_run": "errors factor_products factored linearize problem replay trajectory",
@@ -83,7 +84,7 @@ ALLOWED = {
     "native_team": "errors linearize mlp_team native plan problem sweep",
     "factors": "data errors factor_products factored layer_factors linearize ops output_slopes problem sweep",
     "logged": (
-        "errors factor_products factor_run factored factors fused gram linearize numerics plan problem progress queries "
+        "errors factor_products factor_run factored factors fisher fused gram linearize numerics plan problem progress queries "
         "replay result sweep trajectory"
     ),
     "native_retrain": "mlp mlp_team native ops problem queries recognize",
@@ -92,7 +93,7 @@ ALLOWED = {
     "layerwise": "data duals layers linearize problem recognize sweep",
     "retrain": "byte_sizes data guard native native_retrain plan problem progress queries recognize replay result trajectory",
     "score": (
-        "factors guard layerwise linearize logged native native_team plan problem progress queries recognize replay "
+        "factors fisher guard layerwise linearize logged native native_team plan problem progress queries recognize replay "
         "result retrain sweep trajectory"
     ),
     "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
@@ -101,7 +102,7 @@ ALLOWED = {
     "datamodeling": "correlation curves problem queries result retrain score trajectory",
     "cleaning": "data detection guard numerics plan problem progress replay suspects trajectory",
     "index": (
-        "byte_sizes errors factor_products factor_run linearize logged numerics plan problem progress queries replay "
+        "byte_sizes errors factor_products factor_run fisher linearize logged numerics plan problem progress queries replay "
         "result trajectory"
     ),
     # what users meet

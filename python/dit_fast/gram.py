@@ -164,6 +164,13 @@ def sweep(
     return scores
 
 
+def inner_products(run: FactorRun, factors: Factors) -> Tensor:
+    """⟨∇ℓ_b, ∇ℓ_b'⟩ [B, B] of the samples of a micro-batch of one row each."""
+    held = _History(run, 0, len(factors.ids))
+    held.append(factors, factors.slopes.new_zeros(0, *factors.slopes.shape))
+    return held.products(factors)
+
+
 class _DenseQueries:
     """⟨q_k, J_br⟩ of the columns that travel, from their gradients as blocks."""
 

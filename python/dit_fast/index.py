@@ -23,8 +23,9 @@ from dit_fast import factor_products, numerics, plan
 from dit_fast.byte_sizes import format_bytes
 from dit_fast.errors import LogError
 from dit_fast.factor_run import FactorRun, check_factors, points
+from dit_fast.fisher import warn_where_it_overshoots
 from dit_fast.linearize import Hessian
-from dit_fast.logged import Asked, open_run, swept
+from dit_fast.logged import Asked, fisher_step_of, open_run, swept
 from dit_fast.problem import Params, Problem
 from dit_fast.progress import progress_bar
 from dit_fast.queries import Query
@@ -177,10 +178,12 @@ def build_index(
             changes, why = _forward(run, ends, budget, check, show_progress), "forward"
         else:
             changes, why = _backward(run, ends, budget, check, show_progress), f"backward: {refused}"
+        overshoot = {"fisher_step": fisher_step_of(run, ends[-1])} if hessian == "fisher" else {}
     for t, change in changes.items():
         if not torch.isfinite(change).all():
             raise LogError(f"the changes before step {t} are NaN or infinite (try dtype=torch.float64)")
-    meta = run.describe() | {"method": "index", "hessian": hessian, "query_at": "endpoint", "backend": "factors"}
+    meta = run.describe() | {"method": "index", "hessian": hessian, "query_at": "endpoint", "backend": "factors"} | overshoot
+    warn_where_it_overshoots(meta, 3)
     meta |= {"index": why, "index_bytes": size, "log_bytes": log_bytes}
     meta |= {"index_seconds": time.perf_counter() - began}
     return Index(changes, spans, meta, run)
