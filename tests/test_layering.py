@@ -38,15 +38,16 @@ ALLOWED = {
     "factor_log": "errors factored projections",
     "log": "factor_log optimizers",
     "log_reader": "errors factor_log factored log optimizers",
-    "log_size": "byte_sizes errors log modules optimizers",
+    "layer_factors": "errors factor_log factored",
+    "factor_store": "factor_log factor_options factored layer_factors projections",
+    "factor_size": "data errors factor_log factor_options factor_store layer_factors",
+    "log_size": "byte_sizes errors factor_options factor_size log modules optimizers",
     "background": "errors log log_size",
     "directory": "errors log",
     "resumption": "directory errors log log_reader modules",
     "recording": "background errors factor_log log log_size modules optimizers resumption",
     "named_batches": "data errors log modules",
-    "layer_factors": "errors factor_log factored",
     "factor_check": "errors layer_factors optimizers",
-    "factor_store": "factor_log factor_options factored layer_factors projections",
     "output_slopes": "errors",
     "capture": (
         "data errors factor_check factor_log factor_options factor_store layer_factors named_batches numerics optimizers "
@@ -96,7 +97,8 @@ ALLOWED = {
         "factors fisher guard layerwise linearize logged native native_team plan problem progress queries recognize replay "
         "result retrain sweep trajectory"
     ),
-    "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
+    "logged_cost": "factor_products factor_run gram plan trajectory",
+    "estimate": "byte_sizes linearize logged logged_cost plan problem queries replay retrain score trajectory",
     "reference": "data problem progress queries result trajectory",
     "suspects": "data plan problem progress queries replay result score trajectory",
     "datamodeling": "correlation curves problem queries result retrain score trajectory",

@@ -257,8 +257,7 @@ def swept(
     rows: gram.QueryRows | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Scores [W, Q, N] on the CPU, and what was chosen on the way; rows: the queries' gradients in factors."""
-    columns = len(plan.columns(windows, num_queries)[0])
-    chosen, why = gram.choose(run, windows, num_queries, columns, budget, form, rows is not None)
+    chosen, why = gram.choose(run, windows, num_queries, budget, form, rows is not None)
     starts = points(run, int(plan.REPLAY_SHARE * budget), check)
     try:
         found = _in_form(chosen, run, windows, num_queries, gradients, budget, starts, show_progress, rows)
