@@ -51,8 +51,7 @@ def _forward(
             inputs = (*given, *named.values())
             if not isinstance(output, Tensor) or not all(isinstance(value, Tensor) for value in inputs):
                 raise UnsupportedError(
-                    f"factors: {layers[number]} takes or gives something else than tensors; leave it out with "
-                    "FactorOptions(layers=...)"
+                    f"factors: {layers[number]} takes or gives something else than tensors; {layers[number].advice}"
                 )
             seen[number].append((inputs, output))
 
