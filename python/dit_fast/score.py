@@ -63,7 +63,8 @@ def score(
     sample_ids: the samples wanted; None = all N of the data.
     hessian: "exact"; "ggn" (generalised Gauss–Newton); "fisher" (empirical, Σ a_b ∇ℓ_b ∇ℓ_bᵀ); "none" (H = 0, that of
         l2 included: under plain SGD, TracIn at every step). "ggn" and "fisher" approximate the data's part only, that of l2
-        stays exact.
+        stays exact. With "fisher", `meta["fisher_step"]` is the largest eigenvalue of rate times Fisher that a quarter of up
+        to eight steps reach (under SGD, over 1 + momentum); above 1 a RuntimeWarning says that it overshoots.
     query_at: "endpoint" = q at each window end's own parameters; "final" = at the end of the run, as the official code does.
     method: "adjoint"; "retrain" = every score by true retraining (`leave_one_out`), which has no use for hessian and refine;
         "auto" = the one of fewer FLOPs (`estimate_score`). `meta["why_method"]` says which they were.
