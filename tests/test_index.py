@@ -1,9 +1,11 @@
 """The index: the same scores as the sweep's, forward and backward, and when it is refused."""
 
 import pytest
+import torch
 from cases import relative_error
 from factor_cases import factor_run, random_projections, ready_gradients, with_factors
 from test_factor_optimizers import logged
+from test_record_factors import made, record
 
 import dit_fast
 from dit_fast import index
@@ -83,6 +85,36 @@ def test_results_do_not_depend_on_the_memory():
     trajectory, query = with_factors(run), ready_gradients(run, (7,))
     whole, pieces = trajectory.index(), trajectory.index(memory_budget=17_000)
     assert relative_error(pieces.score(query).scores, whole.score(query).scores) < 1e-12
+
+
+def test_an_index_larger_than_its_log_is_refused(tmp_path, monkeypatch):
+    model, x, y = made("mlp")
+    trajectory = record(tmp_path / "log", model, x, y)
+    on_disk = sum(file.stat().st_size for file in (tmp_path / "log").glob("chunk-*"))
+    # 79 numbers of float64 for every sample, at both ends of the window
+    size = 2 * trajectory.num_samples * 79 * 8
+    assert trajectory.num_bytes == on_disk < size
+    small = trajectory.index([(1, 4)])
+    assert (small.meta["index_bytes"], small.meta["log_bytes"]) == (size, on_disk)
+    monkeypatch.setattr(index, "SMALL_INDEX", 0)
+    with pytest.raises(ValueError, match=r"takes 28.4 KiB, more than the log itself, [\d.]+ KiB \(memory_budget=... allows"):
+        trajectory.index([(1, 4)])
+    assert trajectory.index([(1, 4)], memory_budget="1MiB").num_bytes == size
+
+
+def test_an_index_is_kept_on_disk_for_its_own_run(tmp_path):
+    run = factor_run("mlp")
+    trajectory, query = with_factors(run), ready_gradients(run, (2, 7))
+    kept = trajectory.index((2, 7))
+    kept.save(tmp_path / "kept.safetensors")
+    read = dit_fast.Index.load(tmp_path / "kept.safetensors", trajectory)
+    assert torch.equal(read.score(query).scores, kept.score(query).scores)
+    assert (read.windows, repr(read), read.meta) == (kept.windows, repr(kept), kept.meta)
+    with pytest.raises(ValueError, match="is an index of another run"):
+        dit_fast.Index.load(tmp_path / "kept.safetensors", with_factors(factor_run("tokens")))
+    (tmp_path / "other.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is not a file of a dit_fast index"):
+        dit_fast.Index.load(tmp_path / "other.safetensors", trajectory)
 
 
 def test_refusals():

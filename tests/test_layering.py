@@ -39,15 +39,16 @@ ALLOWED = {
     "factor_log": "errors factored projections",
     "log": "factor_log optimizers",
     "log_reader": "errors factor_log factored log optimizers",
-    "log_size": "byte_sizes errors log modules optimizers",
+    "layer_factors": "errors factor_log factored",
+    "factor_store": "factor_log factor_options factored layer_factors projections",
+    "factor_size": "data errors factor_log factor_options factor_store layer_factors",
+    "log_size": "byte_sizes errors factor_options factor_size log modules optimizers",
     "background": "errors log log_size",
     "directory": "errors log",
     "resumption": "directory errors log log_reader modules",
     "recording": "background errors factor_log log log_size modules optimizers resumption",
     "named_batches": "data errors log modules",
-    "layer_factors": "errors factor_log factored",
     "factor_check": "errors layer_factors optimizers",
-    "factor_store": "factor_log factor_options factored layer_factors projections",
     "output_slopes": "errors",
     "capture": (
         "data errors factor_check factor_log factor_options factor_store layer_factors named_batches numerics optimizers "
@@ -74,6 +75,7 @@ ALLOWED = {
     "linearize": "data errors problem",
     "plan": "byte_sizes linearize problem trajectory",
     "sweep": "errors plan problem replay",
+    "fisher": "problem replay sweep",
     # factors
     "factor_products": "factored ops",
     "factor_run": "errors factor_products factored linearize problem replay trajectory",
@@ -84,7 +86,7 @@ ALLOWED = {
     "native_team": "errors linearize mlp_team native plan problem sweep",
     "factors": "data errors factor_products factored layer_factors linearize ops output_slopes problem sweep",
     "logged": (
-        "errors factor_products factor_run factored factors fused gram linearize numerics plan problem progress queries "
+        "errors factor_products factor_run factored factors fisher fused gram linearize numerics plan problem progress queries "
         "replay result sweep trajectory"
     ),
     "native_retrain": "mlp mlp_team native ops problem queries recognize",
@@ -93,22 +95,23 @@ ALLOWED = {
     "layerwise": "data duals layers linearize problem recognize sweep",
     "retrain": "byte_sizes data guard native native_retrain plan problem progress queries recognize replay result trajectory",
     "score": (
-        "factors guard layerwise linearize logged native native_team plan problem progress queries recognize replay "
+        "factors fisher guard layerwise linearize logged native native_team plan problem progress queries recognize replay "
         "result retrain sweep trajectory"
     ),
-    "estimate": "byte_sizes linearize plan problem queries replay retrain score trajectory",
+    "logged_cost": "factor_products factor_run gram plan trajectory",
+    "estimate": "byte_sizes linearize logged logged_cost plan problem queries replay retrain score trajectory",
     "reference": "data problem progress queries result trajectory",
     "suspects": "data plan problem progress queries replay result score trajectory",
     "datamodeling": "correlation curves problem queries result retrain score trajectory",
     "cleaning": "data detection guard numerics plan problem progress replay suspects trajectory",
     "index": (
-        "byte_sizes errors factor_products factor_run linearize logged numerics plan problem progress queries replay "
+        "byte_sizes errors factor_products factor_run fisher linearize logged numerics plan problem progress queries replay "
         "result trajectory"
     ),
     # what users meet
     "analysis": "cleaning correlation curves datamodeling detection patterns suspects",
     "__init__": (
-        "analysis data errors estimate factor_options log_size ops optimizers problem queries recorder reference result "
+        "analysis data errors estimate factor_options index log_size ops optimizers problem queries recorder reference result "
         "retrain score trajectory"
     ),
     "sample_views": "problem",

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import dit_fast as dit
 from dit_fast.factored import Lookup, Outer, Plain
+from dit_fast.log import canonical_digest
 
 N = 24
 F64 = torch.float64
@@ -406,6 +407,44 @@ def test_parameters_that_cannot_be_had_are_named(tmp_path):
         record(tmp_path / "e", parametrized, x, y)
 
 
+class Positions(nn.Module):
+    """Position embeddings as most write them, without the batch, and a head of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.pos, self.head = nn.Embedding(7, 4), nn.Embedding(5, 4), nn.Linear(4, 3)
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.embed(tokens) + self.pos(torch.arange(tokens.shape[1]))).mean(1))
+
+
+@pytest.mark.parametrize("length", [5, 4])  # of the sequences; the batch has 4
+def test_an_embedding_without_the_batch_is_named_with_the_way_out(tmp_path, length):
+    model, x, y = Positions(), torch.randint(7, (N, length)), torch.randint(3, (N,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def run(path, factors):
+        with dit.Recorder(path, model, optimizer, factors=factors, num_samples=N) as recorder:
+            train(recorder, model, optimizer, x, y, batches(2, size=4))
+
+    with pytest.raises(dit.UnsupportedError, match=r"Embedding 'pos'.*expand\(B, S\).*layers=\[\"!pos\"\]\)"):
+        run(tmp_path / "log", True)
+    run(tmp_path / "out", dit.FactorOptions(layers=["!pos"]))
+    assert set(dit.Trajectory.open(tmp_path / "out").factor_layout.shapes) == {"embed.weight", "head.weight", "head.bias"}
+
+
+def test_parameters_of_another_name_are_another_model(tmp_path):
+    record(tmp_path / "log", *made("mlp"))
+    manifest = json.loads((tmp_path / "log/manifest.json").read_text())
+    del manifest["sha256"]
+    for row in manifest["parameters"]:
+        row["name"] = f"other.{row['name']}"
+    manifest["sha256"] = canonical_digest(manifest)
+    (tmp_path / "log/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(dit.LogError, match=r"factors are of parameter '\d.\w+', which is not in the log: are they of another"):
+        dit.Trajectory.open(tmp_path / "log").index()
+
+
 def test_a_forgotten_l2_and_wrong_coefficients_are_caught(tmp_path):
     model, x, y = made("mlp")
     with pytest.raises(dit.LogError, match=r"step 0: .*l2"):
@@ -564,11 +603,11 @@ def same(mine, theirs):
 def test_resume_goes_on_with_factors_and_queries(tmp_path):
     whole = continued(tmp_path / "whole", 12, resume=0)
     continued(tmp_path / "log", 12, resume=0, upto=9)
-    with pytest.raises(dit.LogError, match=r"dtype are another"):
+    with pytest.raises(dit.LogError, match=r"its factors were logged with other dtype: "):
         continued(tmp_path / "log", 12, resume=6, factors=dit.FactorOptions(dtype="bfloat16"))
     with pytest.raises(dit.LogError, match=r"factors are logged in it"):
         continued(tmp_path / "log", 12, resume=6, factors=False)
-    with pytest.raises(dit.LogError, match=r"seed are another"):
+    with pytest.raises(dit.LogError, match=r"its factors were logged with other seed: \d, not \d"):
         continued(tmp_path / "log", 12, resume=6, factors=dit.FactorOptions(seed=1))
     run = continued(tmp_path / "log", 12, resume=6)
     run.verify()

@@ -17,6 +17,7 @@ from dit_fast.data import with_ids
 from dit_fast.errors import LogError, UnsupportedError
 from dit_fast.estimate import RetrainEstimate, ScoreEstimate, estimate_score
 from dit_fast.factor_options import FactorOptions
+from dit_fast.index import Index
 from dit_fast.log_size import LogEstimate, estimate_log
 from dit_fast.ops import build_info
 from dit_fast.optimizers import SGD, Adam, AdamW
@@ -32,6 +33,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "FactorOptions",
+    "Index",
     "Influence",
     "LogError",
     "LogEstimate",

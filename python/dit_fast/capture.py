@@ -166,8 +166,7 @@ class Capture:
                 return
             inputs = [*args, *kwargs.values()]
             if not isinstance(output, Tensor) or not inputs or not all(isinstance(value, Tensor) for value in inputs):
-                raise UnsupportedError(f"factors: {layer} takes or gives something else than tensors; leave it out with "
-                                       "FactorOptions(layers=...)")  # fmt: skip
+                raise UnsupportedError(f"factors: {layer} takes or gives something else than tensors; {layer.advice}")
             held = tuple(value.detach() for value in inputs)
             call = _LayerCall(number, held, [_version(value) for value in inputs], output, output.shape, _version(output))
             run.calls.append(call)
@@ -261,8 +260,7 @@ class Capture:
             if gradient is not None and gradient.ndim and len(gradient) == size and gradient[1:].any():
                 raise UnsupportedError(
                     f"factors: the model's output for the first sample depends on more than the first row of "
-                    f"{self._layers[call.layer]}: is its batch in dimension 0? Otherwise leave it out with "
-                    "FactorOptions(layers=...)"
+                    f"{self._layers[call.layer]}: {self._layers[call.layer].batch_advice}"
                 )
 
     def _collect(self, pending: Sequence[Named], starts_chunk: bool, is_last: bool) -> None:
@@ -349,7 +347,7 @@ class Capture:
             if self._params[name].grad is not None:
                 raise UnsupportedError(
                     f"factors: parameter '{name}' has a gradient, but {layer} was not called in the forward pass: it is used "
-                    "otherwise; leave it out with FactorOptions(layers=...)"
+                    f"otherwise; {layer.advice}"
                 )
 
     def _choose_forms(self, parts: list[list[Raw]]) -> list[list[list[PartSpec]]]:

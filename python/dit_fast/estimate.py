@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dit_fast import plan, queries
 from dit_fast.byte_sizes import format_bytes
 from dit_fast.linearize import Hessian, linearize
+from dit_fast.logged import Asked, has_factors, open_run
+from dit_fast.logged_cost import logged_cost
 from dit_fast.problem import Evaluator, Params, Problem
 from dit_fast.queries import Query
 from dit_fast.replay import Replay
@@ -65,8 +67,9 @@ class ScoreEstimate:
     with addition), every step taken to be as large as the first; memory and bytes read are in bytes.
 
     columns: adjoint columns, K. sweeps: passes over the log that they take within the memory budget.
-    backend, columns_per_pull: as `result.meta` will say; None where the backend needs no choice.
-    forward_flops: F, the forward pass of one step's batch; all else is a multiple of it.
+    backend, columns_per_pull: as `result.meta` will say; None where the backend needs no choice. form: of the sweep over
+        logged factors, "sweep", "fused" or "gram" (sample space), as `result.meta["form"]`; None where none are used.
+    forward_flops: F, the forward pass of one step's batch; all else is a multiple of it. 0 without a problem.
     sweep_flops: linearisations and columns. replay_flops: the steps between snapshots, and the guard's.
     query_flops: the query's gradients at the ends of the windows. flops: all of these.
     memory_bytes: peak, beside the model and the data: blocks, one batch's graph, replayed points, scores; within a factor of
@@ -88,6 +91,7 @@ class ScoreEstimate:
     read_bytes: int
     retraining: RetrainEstimate | None
     retraining_refused: str | None = None
+    form: str | None = None
 
     @property
     def flops(self) -> int:
@@ -96,15 +100,16 @@ class ScoreEstimate:
 
     def __repr__(self) -> str:
         return (
-            f"ScoreEstimate({self.columns:,} columns, {self.sweeps} sweeps, {self.backend}: {_cost(self)}; "
+            f"ScoreEstimate({self.columns:,} columns, {self.sweeps} sweeps, {self.backend}"
+            f"{f' ({self.form})' if self.form else ''}: {_cost(self)}; "
             f"{self.retraining or self.retraining_refused})"
         )
 
 
 def estimate_score(
     trajectory: Trajectory,
-    problem: Problem,
-    query: Query | Sequence[Query],
+    problem: Problem | None = None,
+    query: Query | Sequence[Query] | None = None,
     windows: Any = None,
     *,
     sample_ids: Any = None,
@@ -119,15 +124,28 @@ def estimate_score(
     """What `score` with these arguments will cost, and `leave_one_out` of the same samples beside it.
 
     One batch is linearised and the query is asked once; nothing is swept. Of a log a few chunks are read. Arguments are those
-    of `score`, and so are errors, but for those of its check and its sweep.
+    of `score`, and so are errors, but for those of its check and its sweep. Of a log with factors, without a problem or with
+    backend="factors", it is those that are counted; retraining then still needs the problem.
     """
     check_options(hessian, query_at, "adjoint", backend, 0)
+    if problem is None and backend not in ("auto", "factors"):
+        raise ValueError(f"backend={backend!r} needs a problem; without one the log's factors are scored")
+    if problem is None or (backend == "factors" and has_factors(trajectory)):
+        by_factors = _by_factors(
+            trajectory, problem, query, windows, sample_ids, hessian, query_at, dtype, device, memory_budget, check
+        )
+        if problem is None:
+            by_factors |= {"forward_flops": 0, "query_flops": 0}
+            return ScoreEstimate(**by_factors, retraining=None, retraining_refused="retraining needs a problem")
+    else:
+        by_factors = {}
     ev = Evaluator.create(problem, trajectory, device, dtype)
-    spans, ids, asked = trajectory.windows(windows), ev.select(sample_ids), queries.as_list(query)
+    given: Any = query
+    spans, ids, asked = trajectory.windows(windows), ev.select(sample_ids), queries.as_list(given)
     with ev.session():
         budget = plan.memory_budget(memory_budget, ev.device)
         cost = _Cost(ev, asked, spans, budget, check)
-        adjoint = _adjoint(cost, hessian, backend)
+        adjoint = _adjoint(cost, hessian, backend) if not by_factors else cost.with_query(by_factors)
         try:
             retraining, refused = _retraining(cost, len(ids)), None
         except ValueError as error:
@@ -156,6 +174,29 @@ def choose_method(
     names["adjoint"] += names["retrain"] * min(1, refine / max(cost.retraining.models, 1))
     chosen = min(names, key=lambda name: names[name])
     return chosen, " and ".join(f"{name} takes {_format_flops(flops)}" for name, flops in names.items())
+
+
+def _by_factors(
+    trajectory: Trajectory,
+    problem: Problem | None,
+    query: Any,
+    windows: Any,
+    sample_ids: Any,
+    hessian: Hessian,
+    query_at: str,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    memory_budget: int | float | str | None,
+    check: bool,
+) -> dict[str, Any]:
+    """`logged_cost` of these arguments of `score`."""
+    spans = trajectory.windows(windows)
+    run = open_run(trajectory, hessian, device, dtype)
+    run.select(sample_ids)
+    with torch.inference_mode(False), torch.no_grad():
+        budget = plan.memory_budget(memory_budget, run.device)
+        asked = Asked(run, problem, query, query_at, spans, budget)
+        return logged_cost(run, spans, asked.size, budget, check, asked.rows is not None)
 
 
 class _Cost:
@@ -200,6 +241,14 @@ class _Cost:
     def query(self, per_value: int) -> int:
         """FLOPs of the query once, `per_value` forward passes for each of its values beside the forward pass itself."""
         return sum(forward * (1 + per_value * values) for forward, values in self.query_parts)
+
+    def with_query(self, by_factors: dict[str, Any]) -> dict[str, Any]:
+        """The cost of a score by logged factors, and that of the problem's query: its replay and its gradients."""
+        asked = by_factors["sweeps"] * len(self.ends) * self.query(per_value=2)
+        replayed = by_factors["replay_flops"] + (self.replay(self.ends[-1]) if self.ev.trajectory.every > 1 else 0)
+        memory = by_factors["memory_bytes"] + self.replayed_bytes() + self.parameter_bytes * sum(self.sizes)
+        mine = {"forward_flops": self.forward, "query_flops": asked, "replay_flops": replayed, "memory_bytes": memory}
+        return by_factors | mine
 
     def _guard(self) -> int:
         last = self.ends[-1]
@@ -305,10 +354,7 @@ def _query_parts(ev: Evaluator, params: Params, query: Query) -> list[tuple[int,
 
 def _log_bytes(trajectory: Trajectory, stop: int) -> int:
     """Bytes of the chunks that hold the steps before `stop`, in proportion to all steps."""
-    if trajectory.path is None:
-        return 0
-    chunks = sum(file.stat().st_size for file in trajectory.path.glob("chunk-*.safetensors"))
-    return round(chunks * stop / trajectory.num_steps)
+    return round(trajectory.num_bytes * stop / trajectory.num_steps)
 
 
 def _cost(estimate: ScoreEstimate | RetrainEstimate) -> str:

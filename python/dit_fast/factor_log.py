@@ -104,7 +104,8 @@ class FactorSpec:
         for field in ("dtype", "curvature", "l2", "layers", "project", "seed", "digests", *(["parts"] if with_parts else [])):
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine != theirs:
-                return f"its factors' {field} are another{'' if field in ('parts', 'digests') else f': {mine}, not {theirs}'}"
+                what = "" if field in ("parts", "digests") else f": {mine}, not {theirs}"
+                return f"its factors were logged with other {field}{what}"
         return None
 
     @property
@@ -143,6 +144,8 @@ def projections_of(spec: FactorSpec, shapes: Shapes) -> dict[str, Projection]:
 
 def layout_of(spec: FactorSpec, shapes: Shapes) -> Layout:
     """LogError where the projections made from the seed are not those the log was written with."""
+    for name in sorted({*spec.covered, *spec.sizes} - set(shapes)):
+        raise LogError(f"the logged factors are of parameter '{name}', which is not in the log: are they of another model?")
     projections = projections_of(spec, shapes)
     for name, digest in digests_of(projections).items():
         if spec.digests.get(name) != digest:

@@ -241,3 +241,9 @@ def linearizer(
 def sizes(factors: Sequence[Factors]) -> tuple[int, int]:
     """(samples, rows) of the micro-batches of a step."""
     return sum(len(f.ids) for f in factors), sum(f.slopes.numel() for f in factors)
+
+
+def num_bytes(factors: Factors) -> int:
+    """Memory of the parts of a micro-batch."""
+    tensors = [value for part in factors.parts for value in vars(part).values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -42,7 +42,7 @@ def refusal(ev: Evaluator, params: Params, batch: Batch, hessian: Hessian, only_
         dots, hvp = linearizer(ev, hessian, False)(params, batch)[1](_probe(params))
     except (ValueError, UnsupportedError) as error:
         # what a Recorder could leave out is not for choice here
-        return str(error).removeprefix("factors: ").partition("; leave it out")[0].partition(" Otherwise leave")[0]
+        return str(error).removeprefix("factors: ").partition("; leave it out")[0].partition(" Otherwise ")[0]
     expected_dots, expected_hvp = linearize(ev, params, batch, hessian)[1](_probe(params))
     tolerance = AGREEMENT[ev.dtype]
     pairs = [(dots, expected_dots), *((hvp[name], expected_hvp[name]) for name in params)]

@@ -60,7 +60,6 @@ def choose(
     run: FactorRun,
     windows: Sequence[Window],
     num_queries: int,
-    num_columns: int,
     budget: int,
     form: str,
     by_rows: bool = False,
@@ -74,8 +73,7 @@ def choose(
     refused = refusal(run)
     if form == "gram" and refused:
         raise ValueError(f"form='gram' cannot be used: {refused}")
-    ends = sorted({t for window in windows for t in (window.start, window.stop)} - {0})
-    gram, swept, size = _costs(run, ends, windows, num_queries, num_columns, by_rows)
+    gram, swept, size = costs(run, windows, num_queries, by_rows)
     if form == "gram" and size > budget:
         raise ValueError(f"form='gram' needs {format_bytes(size)}, more than memory_budget = {format_bytes(budget)}")
     if form != "auto":
@@ -93,10 +91,9 @@ def choose(
     return "gram", counted
 
 
-def _costs(
-    run: FactorRun, ends: list[int], windows: Sequence[Window], num_queries: int, num_columns: int, by_rows: bool
-) -> tuple[float, float, int]:
+def costs(run: FactorRun, windows: Sequence[Window], num_queries: int, by_rows: bool) -> tuple[float, float, int]:
     """FLOPs in sample space and in parameter space, and bytes in sample space, every step taken to be as the first."""
+    ends = sorted({t for window in windows for t in (window.start, window.stop)} - {0})
     batches = run.batches(0)
     samples, rows = factor_products.sizes(batches)
     parts = batches[0].parts
@@ -104,7 +101,7 @@ def _costs(
     dot = sum(_dot_flops(part) for part in parts)
     pair = sum(min(_pair_flops(part)) for part in parts)
     last, steps = ends[-1], float(sum(ends)) * num_queries
-    stops = steps if num_columns == len(ends) * num_queries else float(sum(w.stop for w in windows)) * num_queries
+    stops = float(sum(column.stop for column in plan.columns(windows, num_queries)[0]))
     history = samples * last
     products = pair * history**2 / 2 + sum((rows * t) ** 2 for t in ends) * float(num_queries)
     gram = steps * samples * (pair if by_rows else dot) + (products if run.has_curvature else 0)
@@ -113,6 +110,12 @@ def _costs(
     columns = len(ends) * num_queries
     numbers += columns * ((0 if by_rows else run.num_parameters) + per_row * history) + rows * per_row * history
     return gram, swept, run.dtype.itemsize * numbers + 8 * columns * run.num_samples
+
+
+def gradient_flops(run: FactorRun) -> float:
+    """Of one step's batch gradient from factors, the step taken to be as the first."""
+    batches = run.batches(0)
+    return factor_products.sizes(batches)[0] * sum(_dot_flops(part) for part in batches[0].parts)
 
 
 def columns_per_sweep(run: FactorRun, made: Sequence[Column], budget: int, by_rows: bool = False) -> int:
@@ -162,6 +165,13 @@ def sweep(
     if not torch.isfinite(scores).all():
         raise LogError("some scores are NaN or infinite (try dtype=torch.float64)")
     return scores
+
+
+def inner_products(run: FactorRun, factors: Factors) -> Tensor:
+    """⟨∇ℓ_b, ∇ℓ_b'⟩ [B, B] of the samples of a micro-batch of one row each."""
+    held = _History(run, 0, len(factors.ids))
+    held.append(factors, factors.slopes.new_zeros(0, *factors.slopes.shape))
+    return held.products(factors)
 
 
 class _DenseQueries:

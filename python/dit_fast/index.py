@@ -6,20 +6,26 @@ What is kept are the d_j themselves at the windows' ends, in the space of the fa
 propagators of the windows would need the changes made within each window beside them, for every sample, which is as much.
 """
 
+import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_fast import factor_products, numerics, plan
 from dit_fast.byte_sizes import format_bytes
 from dit_fast.errors import LogError
 from dit_fast.factor_run import FactorRun, check_factors, points
+from dit_fast.fisher import warn_where_it_overshoots
 from dit_fast.linearize import Hessian
-from dit_fast.logged import Asked, open_run, swept
+from dit_fast.logged import Asked, fisher_step_of, open_run, swept
 from dit_fast.problem import Params, Problem
 from dit_fast.progress import progress_bar
 from dit_fast.queries import Query
@@ -29,13 +35,18 @@ from dit_fast.trajectory import Trajectory, Window
 
 # blocks of a sample that travel forward, beside its state: d and its batch gradient's change, and one in making
 BLOCKS_PER_SAMPLE = 3
+# an index larger than its log is refused without a memory_budget, but never one so small
+SMALL_INDEX = 64 << 20
+FORMAT = "dit_fast index 1"
 
 
 @dataclass(frozen=True, repr=False)
 class Index:
     """The changes d_j of all samples at chosen steps of a run; what `Trajectory.index` returns.
 
-    changes: step → d [N, numbers], flat in the order of `shapes`. windows: those it was made for. meta: as of `score`.
+    changes: step → d_j [N, numbers], θ without sample j less θ to first order, flat in the order of the covered parameters,
+        projected where the log is. windows: those it was made for. meta: as of `score`, with index ("forward" or "backward":
+        how it was made), index_bytes, log_bytes (the run's on disk) and index_seconds. run: the factors it is of.
     """
 
     changes: dict[int, Tensor]
@@ -80,6 +91,43 @@ class Index:
         meta = self.meta | {"seconds": time.perf_counter() - began}
         return Influence(scores=scores, windows=spans, queries=asked.names, sample_ids=ids, meta=meta)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, for `load`; whole or not at all."""
+        windows = [[w.name, w.start, w.stop] for w in self.windows]
+        header = {"format": FORMAT, "digest": self.run.trajectory.digest, "windows": windows, "meta": self.meta}
+        target = Path(path)
+        aside = target.with_name(f".{target.name}.partial")
+        try:
+            save_file(
+                {str(t): change.cpu().contiguous() for t, change in self.changes.items()},
+                aside,
+                metadata={"dit_fast": json.dumps(header)},
+            )
+            aside.replace(target)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], trajectory: Trajectory, *, device: torch.device | str | None = None) -> "Index":
+        """Read what `save` wrote; trajectory: the run it was made of. device: None = the CPU.
+
+        Raises ValueError for any other file, and for an index of another run.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["dit_fast"])
+                if header["format"] != FORMAT:
+                    raise ValueError(f"format {header['format']!r}")
+                changes = {int(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            windows = [Window(name, start, stop) for name, start, stop in header["windows"]]
+            meta, digest = header["meta"], header["digest"]
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a file of a dit_fast index, or is damaged: {error}") from error
+        if digest != trajectory.digest:
+            raise ValueError(f"{path} is an index of another run than {trajectory!r}, or the run has changed: make it anew")
+        run = open_run(trajectory, meta["hessian"], device, next(iter(changes.values())).dtype)
+        return cls({t: changes[t].to(run.device) for t in sorted(changes)}, windows, meta, run)
+
     def __repr__(self) -> str:
         return (
             f"Index({len(self.changes)} steps, {self.run.num_samples:,} samples, {self.run.num_parameters:,} numbers each: "
@@ -101,23 +149,25 @@ def build_index(
     """`Trajectory.index`: one pass over a log with factors, after which scores of any query take milliseconds.
 
     windows: those that will be asked for, as in `score`; None = the whole run. hessian, dtype, device, check: as in `score`.
-    memory_budget: bytes or "2GiB" for the index and the pass; None = 0.6 of what is free.
+    memory_budget: bytes or "2GiB" for the index and the pass; None = 0.6 of what is free, and the index no larger than the
+        log on disk or 64 MiB, whichever is more: a larger one is seldom worth keeping, as a sweep reads less.
 
     Under SGD the samples' changes go forward through the run together, by the optimizer's own rule; Adam and clipped
     gradients, and runs of many samples in few numbers, are swept backward from every number at every step kept.
 
-    Raises ValueError where the index is larger than the budget, with the numbers, and as `score`.
+    Raises ValueError where the index is larger than allowed, with the numbers, and as `score`.
     """
     began = time.perf_counter()
     spans = trajectory.windows(windows)
     run = open_run(trajectory, hessian, device, dtype)
     ends = sorted({t for window in spans for t in (window.start, window.stop)} - {0})
     budget = plan.memory_budget(memory_budget, run.device)
-    size = len(ends) * run.num_samples * run.num_parameters * run.dtype.itemsize
-    if size > budget:
+    size, log_bytes = len(ends) * run.num_samples * run.num_parameters * run.dtype.itemsize, trajectory.num_bytes
+    too_large = _too_large(size, log_bytes, budget, memory_budget is None)
+    if too_large:
         raise ValueError(
             f"an index of {len(ends)} steps, {run.num_samples:,} samples and {run.num_parameters:,} numbers each takes "
-            f"{format_bytes(size)}, more than memory_budget = {format_bytes(budget)}: log projected factors "
+            f"{format_bytes(size)}, more than {too_large}: log projected factors "
             "(Recorder(factors=FactorOptions(project=r))), or ask for fewer windows"
         )
     with numerics.full_precision(), torch.inference_mode(False), torch.no_grad():
@@ -128,12 +178,24 @@ def build_index(
             changes, why = _forward(run, ends, budget, check, show_progress), "forward"
         else:
             changes, why = _backward(run, ends, budget, check, show_progress), f"backward: {refused}"
+        overshoot = {"fisher_step": fisher_step_of(run, ends[-1])} if hessian == "fisher" else {}
     for t, change in changes.items():
         if not torch.isfinite(change).all():
             raise LogError(f"the changes before step {t} are NaN or infinite (try dtype=torch.float64)")
-    meta = run.describe() | {"method": "index", "hessian": hessian, "query_at": "endpoint", "backend": "factors"}
-    meta |= {"index": why, "index_bytes": size, "index_seconds": time.perf_counter() - began}
+    meta = run.describe() | {"method": "index", "hessian": hessian, "query_at": "endpoint", "backend": "factors"} | overshoot
+    warn_where_it_overshoots(meta, 3)
+    meta |= {"index": why, "index_bytes": size, "log_bytes": log_bytes}
+    meta |= {"index_seconds": time.perf_counter() - began}
     return Index(changes, spans, meta, run)
+
+
+def _too_large(size: int, log_bytes: int, budget: int, is_default: bool) -> str | None:
+    """The limit that an index of this size passes; None where it does not."""
+    if size > budget:
+        return f"memory_budget = {format_bytes(budget)}"
+    if is_default and log_bytes and size > max(log_bytes, SMALL_INDEX):
+        return f"the log itself, {format_bytes(log_bytes)} (memory_budget=... allows it)"
+    return None
 
 
 def _not_forward(run: FactorRun, ends: list[int]) -> str | None:

@@ -18,7 +18,6 @@ from dit_fast.factor_log import Geometry
 from dit_fast.factored import Lookup, Outer, Plain
 
 _FORWARDS = {nn.Linear: "linear", nn.Conv2d: "convolution", nn.Embedding: "embedding"}
-_ADVICE = "leave it out with FactorOptions(layers=...)"
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,17 @@ class Layer:
     def __str__(self) -> str:
         return f"{type(self.module).__name__} '{self.name}'"
 
+    @property
+    def advice(self) -> str:
+        """How to log the others without it."""
+        return leave_out(self.name or next(iter(self.names.values())))
+
+    @property
+    def batch_advice(self) -> str:
+        """What to do where it does not see the batch."""
+        way = "give it indices with the batch in front, such as arange(S).expand(B, S), or " if self.kind == "embedding" else ""
+        return f"is the batch in dimension 0? Otherwise {way}{self.advice}"
+
 
 @dataclass
 class Call:
@@ -58,6 +68,11 @@ class Call:
 
     inputs: tuple[Tensor, ...]
     deltas: Tensor
+
+
+def leave_out(name: str) -> str:
+    """How to log the others without this module or parameter."""
+    return f'leave it out with FactorOptions(layers=["!{name}"])'
 
 
 def find_layers(model: nn.Module, params: Mapping[str, nn.Parameter], patterns: Sequence[str]) -> list[Layer]:
@@ -73,7 +88,9 @@ def find_layers(model: nn.Module, params: Mapping[str, nn.Parameter], patterns: 
         places = owners[id(params[name])]
         if len(places) > 1:
             shared = ", ".join(f"'{prefix}.{role}'" for prefix, role in places)
-            raise UnsupportedError(f"factors: parameter '{name}' is tied ({shared}), so it has no layer of its own; {_ADVICE}")
+            raise UnsupportedError(
+                f"factors: parameter '{name}' is tied ({shared}), so it has no layer of its own; {leave_out(name)}"
+            )
         roles.setdefault(places[0][0], {})[places[0][1]] = name
     return [_layer(prefix, modules[prefix], names) for prefix, names in roles.items()]
 
@@ -86,7 +103,7 @@ def parts_of(layer: Layer, calls: Sequence[Call], size: int, num_rows: int) -> l
         if without or any(not shape or shape[0] != size for shape in seen):
             raise UnsupportedError(
                 f"factors: {layer} takes inputs of shape {list(seen[0])} and gives gradients for {seen[-1][0]} rows where "
-                f"the batch has {size} samples: is the batch in dimension 0? Otherwise {_ADVICE}"
+                f"the batch has {size} samples: {layer.batch_advice}"
             )
     return _PARTS[layer.kind](layer, calls, size, num_rows)
 
@@ -135,7 +152,7 @@ def _layer(prefix: str, module: nn.Module, names: dict[str, str]) -> Layer:
     reason = _refusal(layer)
     if reason is not None:
         listed = ", ".join(f"'{name}'" for name in names.values())
-        raise UnsupportedError(f"factors: {listed} of {layer} cannot be had: {reason}; {_ADVICE}")
+        raise UnsupportedError(f"factors: {listed} of {layer} cannot be had: {reason}; {layer.advice}")
     return layer
 
 
@@ -271,7 +288,9 @@ def _general(layer: Layer, calls: Sequence[Call], size: int, num_rows: int) -> l
                 found = torch.func.vmap(one)(call.inputs, call.deltas[:, number])
             except Exception as error:
                 reason = str(error).partition("\n")[0]
-                raise UnsupportedError(f"factors: {layer} has no gradients of single samples ({reason}); {_ADVICE}") from error
+                raise UnsupportedError(
+                    f"factors: {layer} has no gradients of single samples ({reason}); {layer.advice}"
+                ) from error
             for role in layer.names:
                 rows[role][:, number] += found[f"module.{role}"].detach()
     return [Plain(layer.names[role], value) for role, value in rows.items()]

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,8 @@ from torch import nn
 from dit_fast import modules, optimizers
 from dit_fast.byte_sizes import format_bytes
 from dit_fast.errors import UnsupportedError
+from dit_fast.factor_options import FactorOptions, read_factor_options
+from dit_fast.factor_size import factor_bytes
 from dit_fast.log import Header, chunk_name, manifest_head, safetensors_head
 
 LOG_DTYPES = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,7 +27,8 @@ class LogEstimate:
     """What a log will take; all sizes in bytes.
 
     steps: T. every: k. num_parameters: P, those that are logged.
-    disk_bytes: of the whole log when the run is done. bytes_per_step: disk_bytes / T.
+    disk_bytes: of the whole log when the run is done. bytes_per_step: disk_bytes / T. factor_bytes_per_step: those of them that
+        are factors.
     num_chunks: files of parameters; steps_per_chunk: in a full one, which is what a killed run loses at most.
     memory_bytes: what the Recorder holds on the host during the run, all of its buffers filled.
     state_replayed: whether the optimizer has a state, stored where a segment begins only. For Adam and AdamW, scores replay it
@@ -42,12 +46,14 @@ class LogEstimate:
     memory_bytes: int
     state_replayed: bool
     parameters_replayed: bool
+    factor_bytes_per_step: float = 0.0
 
     def __repr__(self) -> str:
         replayed = [w for w, is_so in (("parameters", self.parameters_replayed), ("state", self.state_replayed)) if is_so]
         return (
             f"LogEstimate({self.steps:,} steps of {self.num_parameters:,} parameters, every={self.every}: "
-            f"{format_bytes(self.disk_bytes)} on disk, {format_bytes(self.bytes_per_step)} per step, "
+            f"{format_bytes(self.disk_bytes)} on disk, {format_bytes(self.bytes_per_step)} per step"
+            f"{f' ({format_bytes(self.factor_bytes_per_step)} of factors)' if self.factor_bytes_per_step else ''}, "
             f"{self.num_chunks:,} chunks of up to {self.steps_per_chunk} steps, {format_bytes(self.memory_bytes)} of memory"
             f"{'; replayed: ' + ', '.join(replayed) if replayed else ''})"
         )
@@ -74,12 +80,17 @@ def estimate_log(
     log_dtype: str | None = None,
     chunk_bytes: int = 64 << 20,
     queue_chunks: int = 2,
+    factors: bool | FactorOptions | None = None,
+    batch: Any = None,
 ) -> LogEstimate:
     """The size on disk and the memory of `Recorder(..., model, optimizer)` for a run of `steps` steps, before it is made.
 
     batch_size: samples per optimizer step, on average. The other arguments are those the Recorder will get. Exact but for
     marks, micro-batches and parameters without a gradient, which take some bytes per step where there are any. Not counted:
     batches kept by store_batches, and the random states of active dropout, 5 kB per forward pass on the CPU.
+
+    factors: as for the Recorder. Their size depends on what goes through the layers, so they need `batch`: one batch as it
+        would be given to `step(ids, batch=...)`, which goes through the model once, in eval mode and without a trace.
 
     Raises ValueError or TypeError for arguments, UnsupportedError for the model's dtypes and the optimizer.
     """
@@ -93,8 +104,18 @@ def estimate_log(
         raise ValueError(f'log_dtype must be "bfloat16", "float16" or None, got {log_dtype!r}')
     header = _header(model, optimizer, every, LOG_DTYPES[log_dtype])
     per_chunk = steps_per_chunk(header, chunk_bytes)
-    disk = log_bytes(header, steps, batch_size, chunk_bytes)
-    on_host = all(p.device.type == "cpu" for p in modules.inner_module(model).parameters())
+    options, inner, of_factors = read_factor_options(factors), modules.inner_module(model), 0.0
+    if options is not None:
+        if batch is None:
+            raise ValueError("the size of factors depends on the inputs: give one batch, estimate_log(..., batch=(x, y))")
+        own = dict(inner.named_parameters())
+        per_sample, beside = factor_bytes(inner, {name: own[name] for name in header.parameters}, options, batch)
+        of_factors = batch_size * per_sample + beside
+        # a chunk ends where its factors fill it
+        per_chunk = min(per_chunk, max(math.ceil(chunk_bytes / max(of_factors, 1)), 1))
+    disk = log_bytes(header, steps, batch_size, chunk_bytes, per_chunk) + round(steps * of_factors)
+    on_host = all(p.device.type == "cpu" for p in inner.parameters())
+    memory = _memory_bytes(header, per_chunk, batch_size, queue_chunks + 1, on_host)
     return LogEstimate(
         steps=steps,
         every=every,
@@ -103,9 +124,10 @@ def estimate_log(
         bytes_per_step=disk / steps,
         num_chunks=math.ceil(steps / per_chunk),
         steps_per_chunk=per_chunk,
-        memory_bytes=_memory_bytes(header, per_chunk, batch_size, queue_chunks + 1, on_host),
+        memory_bytes=memory + round((queue_chunks + 1) * per_chunk * of_factors),
         state_replayed=bool(header.slots),
         parameters_replayed=every > 1,
+        factor_bytes_per_step=of_factors,
     )
 
 
@@ -122,9 +144,9 @@ def segment_bytes(header: Header) -> int:
     return max(header.row_size * (header.row_dtype.itemsize + len(header.slots) * header.state_dtype.itemsize), 1)
 
 
-def log_bytes(header: Header, steps: int, batch_size: float, chunk_bytes: int) -> int:
-    """Bytes on disk of a finished log of so many steps, its manifest and constants included."""
-    per_chunk = steps_per_chunk(header, chunk_bytes)
+def log_bytes(header: Header, steps: int, batch_size: float, chunk_bytes: int, per_chunk: int | None = None) -> int:
+    """Bytes on disk of a finished log of so many steps, its manifest and constants included, but for factors."""
+    per_chunk = per_chunk or steps_per_chunk(header, chunk_bytes)
     full, rest = divmod(steps, per_chunk)
     chunks = full * _chunk_bytes(header, per_chunk, batch_size) + (_chunk_bytes(header, rest, batch_size) if rest else 0)
     constants = _file_bytes({n: (v.dtype, list(v.shape)) for n, v in (header.constants or {}).items()})

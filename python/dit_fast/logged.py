@@ -1,5 +1,6 @@
 """score() of a log with factors: no model, no data, and no parameters where the optimizer's rule asks for none."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -12,6 +13,7 @@ from dit_fast import factor_products, factors, fused, gram, numerics, plan, quer
 from dit_fast.errors import UnsupportedError
 from dit_fast.factor_run import BarePoints, FactorRun, check_factors, points
 from dit_fast.factored import Factors
+from dit_fast.fisher import fisher_step, largest_eigenvalue, rates
 from dit_fast.linearize import Hessian
 from dit_fast.problem import Batch, Evaluator, Params, Problem, default_dtype
 from dit_fast.progress import progress_bar
@@ -52,6 +54,8 @@ def score_logged(
             check_factors(run, max(window.stop for window in spans), int(plan.REPLAY_SHARE * budget))
         asked = Asked(run, problem, query, query_at, spans, budget)
         scores, meta = swept(run, spans, asked, asked.size, budget, check, show_progress, form, asked.rows)
+        if hessian == "fisher":
+            meta["fisher_step"] = fisher_step_of(run, max(window.stop for window in spans))
     return Influence(
         scores=scores[..., ids],
         windows=spans,
@@ -173,6 +177,23 @@ class Asked:
         )
 
 
+def fisher_step_of(run: FactorRun, stop: int) -> float | None:
+    """`fisher_step` of a run's factors: by the inner products of a step's samples where one rate serves all parameters."""
+    by_products = factor_products.linearizer(run.shapes, run.l2, True, False)
+
+    def largest(t: int) -> float:
+        batches, found = run.batches(t), set(rates(run, t).values())
+        if len(batches) != 1 or len(found) != 1:
+            # curvature does not depend on where the l2 part is taken
+            return largest_eigenvalue(run, by_products, lambda t: BarePoints(run).at(t).params, t)
+        roots = batches[0].coefficients.sqrt()
+        products = gram.inner_products(run, batches[0]).double() * roots[:, None] * roots
+        own = float(torch.linalg.eigvalsh(products)[-1]) if bool(torch.isfinite(products).all()) else math.inf
+        return found.pop() * (own + run.l2 * float(batches[0].coefficients.sum()))
+
+    return fisher_step(run, largest, stop)
+
+
 def query_rows(run: FactorRun, ev: Evaluator, replay: Replay, query: Query) -> gram.QueryRows | None:
     """t → the gradients of `queries.losses` at θ[t] in factors like those of the log; None where they cannot be had so."""
     if query.each is None or run.layout.projections or run.uncovered:
@@ -236,8 +257,7 @@ def swept(
     rows: gram.QueryRows | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Scores [W, Q, N] on the CPU, and what was chosen on the way; rows: the queries' gradients in factors."""
-    columns = len(plan.columns(windows, num_queries)[0])
-    chosen, why = gram.choose(run, windows, num_queries, columns, budget, form, rows is not None)
+    chosen, why = gram.choose(run, windows, num_queries, budget, form, rows is not None)
     starts = points(run, int(plan.REPLAY_SHARE * budget), check)
     try:
         found = _in_form(chosen, run, windows, num_queries, gradients, budget, starts, show_progress, rows)

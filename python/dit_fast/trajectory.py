@@ -189,6 +189,11 @@ class Trajectory:
         return self._source.path
 
     @property
+    def num_bytes(self) -> int:
+        """Size on disk of the log's steps; 0 for a run made from arrays."""
+        return 0 if self.path is None else sum(file.stat().st_size for file in self.path.glob("chunk-*.safetensors"))
+
+    @property
     def is_complete(self) -> bool:
         """Whether the run was ended by its Recorder; False while it goes on, and for one that was killed."""
         return self._source.complete
@@ -307,7 +312,11 @@ class Trajectory:
 
     def index(self, windows: Any = None, **options: Any) -> "Index":
         """The changes of the parameters by every sample at the ends of `windows`, by one pass over a log with factors, after
-        which `index.score(query)` takes milliseconds. Options and errors: `index.build_index`.
+        which `index.score(query)` takes milliseconds. `index.save(path)` and `Index.load(path, trajectory)` keep it.
+
+        windows: those that will be asked for, as in `score`. Options: hessian="fisher" ("ggn", "none"), dtype, device, check
+        and show_progress as in `score`; memory_budget: bytes or "2GiB" for the index and the pass. Without a budget an index
+        larger than the log (and than 64 MiB) is refused. Raises ValueError there, with the sizes, and as `score`.
         """
         from dit_fast.index import build_index
 
