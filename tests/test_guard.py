@@ -216,3 +216,56 @@ def test_clipping_of_a_few_steps_in_the_middle_is_found():
         ValueError, match=r"does not reproduce step [34] .* gradients clipped .* Recorder not told \(clip_norm=,"
     ):
         dit.score(dit.Trajectory.from_arrays(params, batches, 0.1), problem, query)
+
+
+def test_a_loss_that_fails_is_named():
+    run = trained()
+    problem = dit.Problem(run.case.model(), lambda z, y: z @ y, (run.case.x, run.case.y))
+    with pytest.raises(ValueError, match="the problem's model or per_sample_loss fails on the first batch of the log: "):
+        score(run, problem)
+
+
+def test_a_device_that_is_not_there_is_named():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match="device='cuda': torch finds no CUDA device"):
+        score(trained(), device="cuda")
+
+
+def loop(path, momentum=0.0, adam=False, told=None, clip=None, every=50):
+    """Fifty steps with a rate that ends near 0, logged at the ends alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+    x, y = torch.randn(40, 6), torch.randint(3, (40,))
+    kind = torch.optim.AdamW(model.parameters(), lr=0.01) if adam else torch.optim.SGD(model.parameters(), 0.1, momentum)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(kind, 50)
+    with dit.Recorder(path, model, kind, every=every, clip_norm=told) as recorder:
+        for _ in range(50):
+            ids = torch.randint(40, (8,))
+            kind.zero_grad()
+            cross_entropy(model(x[ids]), y[ids]).mean().backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            with recorder.step(ids):
+                kind.step()
+            schedule.step()
+    return dit.Trajectory.open(path), dit.Problem(model, cross_entropy, (x, y)), queries.loss(x[:9], y[:9])
+
+
+@pytest.mark.parametrize("adam", [False, True])
+def test_a_tiny_last_step_behind_many_replayed_ones_is_let_through(tmp_path, adam):
+    result = dit.score(*loop(tmp_path / "log", momentum=0.9, adam=adam))
+    assert result.meta["replay_drift"] < 1e-4
+
+
+def test_steps_that_only_rounding_could_explain_are_told(tmp_path, monkeypatch):
+    """As where much of a net's gradient is rounding: Adam makes full steps of it, and hides what was not told."""
+    from dit_fast import replay
+
+    trajectory, problem, query = loop(tmp_path / "log", adam=True, clip=0.1, every=10)
+    with pytest.raises((ValueError, dit.LogError)):
+        dit.score(trajectory, problem, query)
+    monkeypatch.setattr(replay, "gradient_noise", lambda *arguments: 1.0)
+    monkeypatch.setattr("dit_fast.guard.gradient_noise", lambda *arguments: 1.0)
+    with pytest.warns(RuntimeWarning, match="of the distance travelled. The optimizer may have made this"):
+        dit.score(trajectory, problem, query)

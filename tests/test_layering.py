@@ -58,7 +58,7 @@ ALLOWED = {
     "trajectory": "arrays errors factored log log_reader optimizers",
     # what is asked of it
     "problem": "data errors log modules numerics trajectory",
-    "queries": "data problem",
+    "queries": "data errors problem",
     "marked_queries": "factor_options log problem queries trajectory",
     "recorder": (
         "byte_sizes capture directory errors factor_options log log_reader log_size marked_queries modules named_batches "

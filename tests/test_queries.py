@@ -353,3 +353,20 @@ def test_a_query_prints_its_label_and_size():
     assert repr(queries.loss(torch.zeros(3, 2), torch.zeros(3))) == "Query('loss', 1 value)"
     assert repr(queries.losses(torch.zeros(3, 2), torch.zeros(3))) == "Query('loss', 3 values)"
     assert repr(queries.custom(lambda model: model.weight.sum())) == "Query('custom', as many values as it gives)"
+
+
+def test_a_query_that_fails_on_the_model_is_named():
+    ev = linear()
+    with (
+        ev.session(),
+        pytest.raises(ValueError, match=r"query 'logit 0' fails on the model, which is asked in float64 on cpu: "),
+    ):
+        queries.sizes(ev, [queries.logit(torch.randn(2, 5))])
+
+
+def test_a_query_of_another_model_is_told_to_be_zero():
+    ev, other = linear(), nn.Linear(2, 1)
+    with ev.session():
+        with pytest.warns(UserWarning, match="does not depend on the parameters"):
+            queries.sizes(ev, [queries.custom(lambda model: other(X).sum(), "other")])
+        assert queries.sizes(ev, [queries.custom(lambda model: model(X.double()).sum(), "own")]) == [1]

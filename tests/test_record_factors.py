@@ -686,3 +686,12 @@ def test_marks_without_what_they_need(tmp_path):
         with pytest.raises(ValueError, match=r"mark 'm': this query needs a loss"):
             recorder.mark("m", query=dit.queries.loss(x[:2], y[:2]))
         recorder.mark("m", query=dit.queries.logit(x[:2], 1))
+
+
+def test_what_a_projected_log_could_never_be_scored_with_is_refused_at_once(tmp_path):
+    model = mlp()
+    options = dit.FactorOptions(project=3)
+    with pytest.raises(dit.UnsupportedError, match="projected factors are for SGD"):
+        dit.Recorder(tmp_path / "a", model, torch.optim.AdamW(model.parameters()), factors=options)
+    with pytest.raises(dit.UnsupportedError, match="cannot say how gradients were clipped"):
+        dit.Recorder(tmp_path / "b", model, torch.optim.SGD(model.parameters(), 0.1), factors=options, clip_norm=1.0)

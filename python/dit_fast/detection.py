@@ -109,6 +109,8 @@ def detection_table(
 
 def checked_ranking(ranking: Any) -> Array:
     """`ranking` as float64 [N]; ValueError for another shape and for NaN."""
+    if hasattr(ranking, "scores"):
+        raise TypeError("ranking must be [N] numbers of one window and query: suspicion(result), or result.scores[0, 0]")
     values = np.asarray(ranking, dtype=float)
     if values.ndim != 1:
         raise ValueError(f"ranking must be [N], got shape {values.shape}")

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dit_fast.errors import UnsupportedError
+from dit_fast.errors import LogError, UnsupportedError
 from dit_fast.problem import Evaluator, Params
 from dit_fast.replay import CAUSES, Replay, advance, gradient_noise, rounding_of
 
@@ -25,9 +25,11 @@ def check_problem(ev: Evaluator, last: int, replay: Replay) -> None:
     """
     _check_samples_are_independent(ev)
     for t in sorted({0, last // 2, last - 1, *_largest_step(ev, last)}):
+        replayed = [s for s in (t, t + 1) if not ev.trajectory.has_params(s)]
+        if replayed:
+            replay.at(replayed[0])  # the replay of the whole segment is checked, with the rounding of all its steps
+            continue
         point = replay.at(t)
-        if not (ev.trajectory.has_params(t) and ev.trajectory.has_params(t + 1)):
-            continue  # between snapshots the replay of the whole segment is checked, which has its steps' rounding in it
         params, logged = point.params, ev.params(t + 1)
         gradient = ev.batch_gradient(t, params)
         predicted = advance(ev, t, point, gradient).params
@@ -63,7 +65,13 @@ def _check_samples_are_independent(ev: Evaluator) -> None:
         return
     part = ev.part(whole, slice(half))
     with torch.no_grad():
-        together, alone = ev.losses(params, whole)[:half], ev.losses(params, part)
+        try:
+            together, alone = ev.losses(params, whole)[:half], ev.losses(params, part)
+        except (LogError, UnsupportedError):
+            raise
+        except (RuntimeError, IndexError, KeyError, AttributeError) as error:
+            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"the problem's model or per_sample_loss fails on the first batch of the log: {why}") from error
     scale = together.abs().max().clamp_min(1e-6)
     if not (together - alone).abs().max() <= (1e-3 if ev.dtype == torch.float32 else 1e-8) * scale:
         raise UnsupportedError(

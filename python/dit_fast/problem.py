@@ -126,6 +126,8 @@ class Evaluator:
             raise ValueError("the problem has no data and the log holds no batches: give Problem(model, loss, data)")
         if device is None:
             device = next((p.device for p in problem.model.parameters()), torch.device("cpu"))
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={str(device)!r}: torch finds no CUDA device")
         return cls(problem, trajectory, torch.device(device), dtype or default_dtype(trajectory))
 
     def describe(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast.data import leaves, map_tensors
+from dit_fast.errors import LogError, UnsupportedError
 from dit_fast.problem import Evaluator, Params
 
 # rows of a query with many inputs that go through the model at once
@@ -259,12 +260,34 @@ def sizes(ev: Evaluator, asked: Sequence[Query]) -> list[int]:
     params = _leaves(ev.params(ev.trajectory.num_steps))
     for query in asked:
         if query.by_step is None:
-            with ev.eval_mode():
-                first = part_values(ev, params, query.parts[0])
-            if not first.requires_grad:
+            first = _first_values(ev, params, query)
+            if not _depends_on(first, params, by_derivative=query.size is None):
                 warnings.warn(f"query {query.label!r} does not depend on the parameters: its scores are 0", stacklevel=3)
         found.append(len(first) if query.size is None else query.size)
     return found
+
+
+def _first_values(ev: Evaluator, params: Params, query: Query) -> Tensor:
+    """Those of the query's first part; ValueError naming the query where the model cannot be asked it."""
+    try:
+        with ev.eval_mode():
+            return part_values(ev, params, query.parts[0])
+    except (LogError, UnsupportedError):
+        raise
+    except (RuntimeError, IndexError, KeyError, AttributeError) as error:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = f"{str(ev.dtype).removeprefix('torch.')} on {ev.device}"
+        raise ValueError(f"query {query.label!r} fails on the model, which is asked in {where}: {why}") from error
+
+
+def _depends_on(values: Tensor, params: Params, by_derivative: bool) -> bool:
+    """Whether values depend on the parameters; by_derivative: they may be another model's."""
+    if not values.requires_grad:
+        return False
+    if not by_derivative:
+        return True
+    found = torch.autograd.grad(values.sum(), list(params.values()), allow_unused=True)
+    return any(gradient is not None for gradient in found)
 
 
 def names(asked: Sequence[Query], found: Sequence[int]) -> list[str]:

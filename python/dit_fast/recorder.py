@@ -463,6 +463,12 @@ class Recorder:
         if modules.is_compiled(model):
             raise UnsupportedError("factors are not logged under torch.compile, which does not run hooks as they are; "
                                    "give factors=False or train the model uncompiled")  # fmt: skip
+        if options.project is not None and not all(rule.is_linear for rule in self._rules):
+            raise UnsupportedError("projected factors are for SGD: Adam and AdamW work element by element; leave out project=")
+        if options.project is not None and (self._clip.norm or self._clip.value):
+            raise UnsupportedError(
+                "projected factors cannot say how gradients were clipped; leave out project= or the clipping"
+            )
         if self._every is None:
             raise ValueError('every="auto" does not count the bytes of factors; give every=512 or another number')
         return Capture(self._model, self._params, options, self._clip)
