@@ -215,7 +215,8 @@ def _adjoint_scores(
                 swept.append(run(chunk, gradients, bar.update).cpu())
     scores = (mix @ torch.cat(swept)).reshape(len(windows), num_queries, num_samples)
     if hessian == "fisher":
-        fisher = partial(linearize, ev, hessian="fisher")
+        is_made = meta["backend"] == "factors"
+        fisher = factors.linearizer(ev, hessian, False) if is_made else partial(linearize, ev, hessian=hessian)
         meta["fisher_step"] = fisher_step(ev, partial(largest_eigenvalue, ev, fisher, replay.params), made[0].stop)
     if replay.is_needed:
         meta = meta | {"replayed": "parameters" if ev.trajectory.every > 1 else "optimizer state", "replay_drift": replay.drift}
