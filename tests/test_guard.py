@@ -218,8 +218,9 @@ def test_clipping_of_a_few_steps_in_the_middle_is_found():
         dit.score(dit.Trajectory.from_arrays(params, batches, 0.1), problem, query)
 
 
-def test_a_loss_that_fails_is_named():
-    run = trained()
+@pytest.mark.parametrize("size", [1, SIZE])
+def test_a_loss_that_fails_is_named(size):
+    run = trained(batches=torch.arange(2 * size).split(size))
     problem = dit.Problem(run.case.model(), lambda z, y: z @ y, (run.case.x, run.case.y))
     with pytest.raises(ValueError, match="the problem's model or per_sample_loss fails on the first batch of the log: "):
         score(run, problem)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dit_fast.errors import LogError, UnsupportedError
+from dit_fast.errors import UnsupportedError, explained
 from dit_fast.problem import Evaluator, Params
 from dit_fast.replay import CAUSES, Replay, advance, gradient_noise, rounding_of
 
@@ -60,18 +60,15 @@ def _largest_step(ev: Evaluator, last: int) -> list[int]:
 
 def _check_samples_are_independent(ev: Evaluator) -> None:
     params, whole = ev.params(0), ev.batches(0)[0]
+    with torch.no_grad(), explained("the problem's model or per_sample_loss fails on the first batch of the log"):
+        losses = ev.losses(params, whole)
     half = len(whole.ids) // 2
     if not half or whole.rng is not None:  # half a batch would draw other masks
         return
     part = ev.part(whole, slice(half))
     with torch.no_grad():
-        try:
-            together, alone = ev.losses(params, whole)[:half], ev.losses(params, part)
-        except (LogError, UnsupportedError):
-            raise
-        except (RuntimeError, IndexError, KeyError, AttributeError) as error:
-            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"the problem's model or per_sample_loss fails on the first batch of the log: {why}") from error
+        alone = ev.losses(params, part)
+    together = losses[:half]
     scale = together.abs().max().clamp_min(1e-6)
     if not (together - alone).abs().max() <= (1e-3 if ev.dtype == torch.float32 else 1e-8) * scale:
         raise UnsupportedError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast.data import leaves, map_tensors
-from dit_fast.errors import LogError, UnsupportedError
+from dit_fast.errors import explained
 from dit_fast.problem import Evaluator, Params
 
 # rows of a query with many inputs that go through the model at once
@@ -269,15 +269,9 @@ def sizes(ev: Evaluator, asked: Sequence[Query]) -> list[int]:
 
 def _first_values(ev: Evaluator, params: Params, query: Query) -> Tensor:
     """Those of the query's first part; ValueError naming the query where the model cannot be asked it."""
-    try:
-        with ev.eval_mode():
-            return part_values(ev, params, query.parts[0])
-    except (LogError, UnsupportedError):
-        raise
-    except (RuntimeError, IndexError, KeyError, AttributeError) as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = f"{str(ev.dtype).removeprefix('torch.')} on {ev.device}"
-        raise ValueError(f"query {query.label!r} fails on the model, which is asked in {where}: {why}") from error
+    where = f"{str(ev.dtype).removeprefix('torch.')} on {ev.device}"
+    with ev.eval_mode(), explained(f"query {query.label!r} fails on the model, which is asked in {where}"):
+        return part_values(ev, params, query.parts[0])
 
 
 def _depends_on(values: Tensor, params: Params, by_derivative: bool) -> bool:
