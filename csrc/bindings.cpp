@@ -141,9 +141,19 @@ dit_fast::MlpSweep<Real> mlp_args(const std::vector<LayerSpec>& layers, const Ki
   return args;
 }
 
+// joins, leaves, joining, leaving; the gradients and how many, and their products with the samples; gram and its rows
+using SweepVisits = std::tuple<std::array<Address, 4>, Table, Table, Table>;
+
 template <class Real>
 Index mlp_sweep(dit_fast::MlpSweep<Real> args, const std::vector<Address>& u, const std::vector<Address>& m,
-                const Table& scores, int threads) {
+                const Table& scores, const SweepVisits& visits, int threads) {
+  const auto& [columns, gradients, projected, gram] = visits;
+  args.visits = {pointer<const Index>(columns[0]),     pointer<const Index>(columns[1]),
+                 pointer<const Index>(columns[2]),     pointer<const Index>(columns[3]),
+                 pointer<const Real>(gradients.first), gradients.second,
+                 pointer<const Real>(projected.first), projected.second};
+  args.gram = pointer<const Real>(gram.first);
+  args.M = gram.second;
   for (const Address block : u) args.u.push_back(pointer<Real>(block));
   for (const Address block : m) args.m.push_back(pointer<Real>(block));
   args.m.resize(args.u.size());
@@ -320,11 +330,11 @@ PYBIND11_MODULE(_C, m) {
       [](bool twice, const std::vector<LayerSpec>& layers, const Kinds& kinds, double scale, double l2,
          const std::array<Index, 3>& sizes, const Table& theta, const Table& x, Address targets,
          const std::array<Address, 5>& log, const std::vector<Address>& u, const std::vector<Address>& m,
-         const Table& scores, int threads) {
+         const Table& scores, const SweepVisits& visits, int threads) {
         if (twice)
           return mlp_sweep(mlp_args<double>(layers, kinds, scale, l2, sizes, theta, x, targets, log), u, m, scores,
-                           threads);
-        return mlp_sweep(mlp_args<float>(layers, kinds, scale, l2, sizes, theta, x, targets, log), u, m, scores,
+                           visits, threads);
+        return mlp_sweep(mlp_args<float>(layers, kinds, scale, l2, sizes, theta, x, targets, log), u, m, scores, visits,
                          threads);
       },
       Free());

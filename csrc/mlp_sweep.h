@@ -15,6 +15,9 @@
 // scores   [K, N] double, accumulated into; an id that occurs twice in a batch counts twice.
 // theta    [n, P] rows of flat parameters, θ before each step. x [M, I], targets [M, O] or classes [M]: the data, of
 //          which step t takes rows[offsets[t] … offsets[t+1]).
+// visits   columns that join and leave on the way. gram: the samples' inner products x xᵀ [M, M]; the first weight's
+//          block is then [K,O,M] and holds X u (V below) in place of u, with l2 of 0: a step reads X u and adds to u
+//          combinations of samples, so that u itself is never needed. Cheaper where M is below 2 I.
 // Returns the step (0 … n − 1) whose dots hold NaN or infinity, where it stops; −1 where all went well.
 // Empty: K or n of 0 does nothing; so does a step without samples, but for the optimizer's own part.
 // Python face dit_fast.ops.mlp_sweep, plain-torch twin dit_fast.ops_torch.mlp_sweep.
@@ -43,6 +46,18 @@ struct Setting {
   double lr, weight_decay, momentum, dampening, nesterov, first;
 };
 
+// Column k takes part in the steps t < joins[k]. Once the steps from joins[k] on are done it becomes row joining[k] of
+// `gradients`; row leaving[k] is subtracted from it once those from leaves[k] on are (0 or less: never). Columns that
+// have not joined must be zero: some are taken along where they fill a line.
+template <class Real>
+struct Visits {
+  const Index *joins, *leaves, *joining, *leaving;  // [K], joins falling; null: all K columns in all steps
+  const Real* gradients;                            // rows [n, P] laid out as theta
+  Index stride;
+  const Real* projected;  // with gram: X times the rows' first weight, [M, n, O]
+  Index num_rows;         // n
+};
+
 template <class Real>
 struct MlpSweep {
   std::vector<MlpLayer> layers;
@@ -65,6 +80,12 @@ struct MlpSweep {
   std::vector<Real*> u, m;  // [2L], null for an absent bias
   double* scores;
   Index scores_stride;
+  Visits<Real> visits;
+  const Real* gram;  // null: none
+  Index M;           // with gram: its rows
+
+  // Rows of the first weight's block [rows, C, O].
+  Index first_rows() const { return gram ? M : layers.front().I; }
 };
 
 namespace cpu {

@@ -82,7 +82,8 @@ ALLOWED = {
     "fused": "errors factor_products factor_run plan sweep",
     "gram": "byte_sizes errors factor_products factor_run factored fused plan sweep trajectory",
     "recognize": "mlp problem",
-    "native": "data errors linearize log mlp mlp_gemm mlp_team ops optimizers plan problem queries recognize sweep",
+    "native": "data linearize log mlp mlp_gemm mlp_team ops optimizers problem queries recognize sweep",
+    "native_sweep": "errors linearize mlp mlp_gemm native ops plan problem sweep",
     "native_team": "errors linearize mlp_team native plan problem sweep",
     "factors": "data errors factor_products factored layer_factors linearize ops output_slopes problem sweep",
     "logged": (
@@ -95,7 +96,7 @@ ALLOWED = {
     "layerwise": "data duals layers linearize problem recognize sweep",
     "retrain": "byte_sizes data guard native native_retrain plan problem progress queries recognize replay result trajectory",
     "score": (
-        "factors fisher guard layerwise linearize logged native native_team plan problem progress queries recognize replay "
+        "factors fisher guard layerwise linearize logged native native_sweep native_team plan problem progress queries recognize replay "
         "result retrain sweep trajectory"
     ),
     "logged_cost": "factor_products factor_run gram plan trajectory",
@@ -142,7 +143,7 @@ LAZY = {
 }
 # the slow truth shares no code with what it judges
 NOT_IN_REFERENCE = (
-    "ops optimizers score estimate sweep linearize layerwise native native_retrain recognize plan factors replay "
+    "ops optimizers score estimate sweep linearize layerwise native native_sweep native_retrain recognize plan factors replay "
     "retrain duals layers pooling native_team mlp_team mlp_gemm"
 )
 

@@ -33,7 +33,7 @@ def assert_same(results, tolerance):
 def assert_sweep(case, team=None, tolerance=1e-12, device="cpu", **options):
     net, steps, blocks, momenta, scores = case[0], case[1], copies(case[2]), copies(case[3]), case[4].clone()
     n, K = len(steps.theta), len(scores)
-    assert ops.MlpSweep(net, steps, blocks, momenta, scores, **options).run(0, n, K) is None
+    assert ops.MlpSweep(net, steps, blocks, momenta, scores, **options).run(0, n) is None
     own = moved((case[0], case[1], copies(case[2]), copies(case[3]), case[4].clone()), device)
     joins, leaves = torch.full((K,), n, device=device), torch.zeros(K, dtype=torch.int64, device=device)
     engine = mlp_team.TeamSweep(*own, joins, leaves, None, team or team_of(case), **options)
@@ -155,20 +155,23 @@ def test_which_nets_fit_an_h100():
 
 @pytest.mark.parametrize("settings", ["plain", "dampened"])
 def test_columns_join_and_leave_on_the_way(device, settings):
-    """Against the CPU op, step by step."""
+    """Against the CPU op, whose columns join with what the blocks hold here from the start."""
     case = op_case((4, 5, 3), "gelu", "cross_entropy", SETTINGS[settings], K=5, n=6)
     net, steps, blocks, momenta, scores = case
     momenta = [torch.zeros_like(x) for x in momenta]
     joins, leaves = torch.tensor([6, 5, 5, 2, 0]), torch.tensor([0, 3, 5, 1, 0])
     left = [x.clone().copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(i))) for i, x in enumerate(blocks)]
-    expected, expected_momenta, expected_scores = copies(blocks), copies(momenta), scores.clone()
-    engine = ops.MlpSweep(net, steps, expected, expected_momenta, expected_scores, l2=0.1)
-    for t in reversed(range(6)):
-        for k in range(5):
-            if leaves[k] == t + 1:
-                for block, own in zip(expected, left, strict=True):
-                    block[k] -= own[k]
-        engine.run(t, t + 1, int((joins > t).sum()))
+    rows = torch.arange(5)
+    gradients = steps.theta.new_zeros(10, steps.theta.shape[1])
+    for first, values in ((0, blocks), (5, left)):
+        for layer, weight, bias in zip(net.layers, values[::2], values[1::2], strict=True):
+            gradients[first : first + 5, layer.weight : layer.weight + weight[0].numel()] = weight.flatten(1)
+            gradients[first : first + 5, layer.bias : layer.bias + layer.outputs] = bias
+    expected, expected_momenta, expected_scores = [torch.zeros_like(x) for x in blocks], copies(momenta), scores.clone()
+    visits = mlp.MlpVisits(joins, leaves, rows, rows + 5, gradients)
+    assert ops.MlpSweep(net, steps, expected, expected_momenta, expected_scores, visits, l2=0.1).run(0, 6) is None
+    for block, own in zip(expected, blocks, strict=True):
+        block[4] = own[4]  # never joined
     for group in (1, 3):
         own = moved((net, steps, copies(blocks), copies(momenta), scores.clone()), device)
         own_left = moved((net, steps, left, left, scores), device)[2]

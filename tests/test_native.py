@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dit_fast
-from dit_fast import ops, queries
+from dit_fast import native, native_sweep, ops, queries
 
 WINDOWS = [(0, 7), (2, 5), (5, 6)]
 
@@ -46,6 +46,32 @@ def test_every_depth_with_both_penalties(widths, hessian):
     options = {"weight_decay": 0.02, "l2": 0.03}
     loss = "cross_entropy" if widths[-1] > 1 else "bce_logits"
     assert_native(make_run(widths, "gelu", loss, options=options), hessian=hessian)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.02}, {"l2": 0.02}])
+@pytest.mark.parametrize("hessian", ["exact", "ggn", "none"])
+def test_more_inputs_than_samples(monkeypatch, hessian, options):
+    """The first layer is then swept by the samples' inner products, unless the columns themselves are needed."""
+    made = []
+    monkeypatch.setattr(native_sweep, "GRAM_SHARE", 100)  # it does not pay for so few steps
+    monkeypatch.setattr(native_sweep, "_gram", lambda *a, gram=native_sweep._gram: made.append(gram(*a)) or made[-1])
+    for widths, loss in (((90, 4, 3), "cross_entropy"), ((90, 1), "bce_logits")):
+        fast = assert_native(make_run(widths, "tanh", loss, options=options), hessian=hessian)
+        assert (made.pop() is not None) == (hessian != "none" and "l2" not in options)
+        assert fast.meta["columns"] == 3 and not made
+        assert_native(make_run(widths, "tanh", loss, options=options), [(0, 7), (2, 7)], hessian=hessian)
+        made.clear()
+
+
+def test_more_inputs_than_samples_with_momentum_in_slices(monkeypatch):
+    monkeypatch.setattr(native_sweep, "GRAM_SHARE", 100)
+    monkeypatch.setattr(native, "SLICE_NUMBERS", 3 * 380)  # three steps at a time
+    run = make_run((90, 4, 3))
+    query = queries.loss(run.case.x_val, run.case.y_val)
+    sgd = dit_fast.SGD(momentum=0.9, dampening=0.2, weight_decay=0.01)
+    arguments = (run.trajectory(optimizer=sgd), run.problem(), query, [(0, 7), (2, 5), (5, 6)])
+    ours, theirs = (dit_fast.score(*arguments, backend=b, check=False) for b in ("native", "generic"))
+    assert (ours.scores - theirs.scores).abs().max() <= 1e-10 * theirs.scores.abs().max()
 
 
 def test_layers_without_bias():

@@ -22,8 +22,11 @@ bool needs_cotangents(const MlpSweep<Real>& args) {
   return has_momentum(args.num_steps * 2 * static_cast<Index>(args.layers.size()), args.settings);
 }
 
-Index parameter_size(const MlpLayer& layer, bool bias) {
-  return bias ? layer.O : layer.O * layer.I;
+template <class Real>
+Index size_of(const MlpSweep<Real>& args, std::size_t parameter) {
+  const MlpLayer& layer = args.layers[parameter / 2];
+  if (parameter % 2) return layer.O;
+  return layer.O * (parameter == 0 ? args.first_rows() : layer.I);
 }
 
 }  // namespace
@@ -31,11 +34,11 @@ Index parameter_size(const MlpLayer& layer, bool bias) {
 template <class Real>
 Index Columns<Real>::size_of_column(const MlpSweep<Real>& args, Index max_batch) {
   Index total = 0, widest = args.layers.front().O, turned = 0;
+  for (std::size_t p = 0; needs_cotangents(args) && p < 2 * args.layers.size(); ++p) total += size_of(args, p);
   for (const MlpLayer& layer : args.layers) {
     total += (piecewise_linear(layer.activation) ? 1 : 2) * max_batch * layer.O;
     widest = std::max({widest, layer.O, layer.I * (&layer != &args.layers.front())});
     if (layer.O * layer.I < small_layer) turned = std::max(turned, layer.O * layer.I);
-    if (needs_cotangents(args)) total += parameter_size(layer, false) + parameter_size(layer, true);
   }
   return total + 2 * max_batch * widest + turned;
 }
@@ -54,9 +57,9 @@ Columns<Real>::Columns(const MlpSweep<Real>& args, Index max_batch, Index max_co
     const Index size = max_batch * max_columns * layer.O;
     z_.push_back(arena_.take(size));
     h_.push_back(piecewise_linear(layer.activation) ? z_.back() : arena_.take(size));
-    for (const bool bias : {false, true})
-      c_.push_back(cotangents ? arena_.take(max_columns * parameter_size(layer, bias)) : nullptr);
   }
+  for (std::size_t p = 0; p < 2 * args.layers.size(); ++p)
+    c_.push_back(cotangents ? arena_.take(max_columns * size_of(args, p)) : nullptr);
   d_ = arena_.take(max_batch * max_columns * widest);
   below_ = arena_.take(max_batch * max_columns * widest);
   scaled_ = arena_.take(max_batch * widest);
@@ -89,16 +92,50 @@ bool Columns<Real>::step(const Primal<Real>& primal, Index t, Index k0, Index co
   return true;
 }
 
+template <class Real>
+template <class Change>
+void Columns<Real>::visit(Index k, Index row, Change change) {
+  const Visits<Real>& visits = args_.visits;
+  const Real* gradient = visits.gradients + row * visits.stride;
+  for (std::size_t p = 0; p < directions_.size(); ++p) {
+    Real* u = args_.u[p];
+    if (!u) continue;
+    const MlpLayer& layer = args_.layers[p / 2];
+    const Index O = layer.O, I = layer.I, size = size_of(args_, p);
+    const Real* from = gradient + (p % 2 ? layer.bias : layer.weight);
+    if (p > 0) {
+      for (Index e = 0; e < size; ++e) change(u[k * size + e], from[e]);
+    } else if (args_.gram) {
+      for (Index m = 0; m < args_.M; ++m)
+        for (Index o = 0; o < O; ++o)
+          change(u[(m * args_.C + k) * O + o], visits.projected[(m * visits.num_rows + row) * O + o]);
+    } else {
+      for (Index i = 0; i < I; ++i)
+        for (Index o = 0; o < O; ++o) change(u[(i * args_.C + k) * O + o], from[o * I + i]);
+    }
+  }
+}
+
+template <class Real>
+void Columns<Real>::join(Index k, Index row) {
+  visit(k, row, [](Real& u, Real q) { u = q; });
+}
+
+template <class Real>
+void Columns<Real>::leave(Index k, Index row) {
+  visit(k, row, [](Real& u, Real q) { u -= q; });
+}
+
 // ridge: l2 Σ_b a_b, the multiple of the identity inside H; 0 where H is.
 template <class Real>
 typename Columns<Real>::Direction Columns<Real>::direction(std::size_t parameter, const Setting& setting,
                                                            double ridge) {
   if (!args_.u[parameter]) return {};
   const MlpLayer& layer = args_.layers[parameter / 2];
-  const Index size = parameter_size(layer, parameter % 2);
+  const Index size = size_of(args_, parameter);
   // the first layer's weight is [I,C,O], everything else K columns one after the other
   const bool turned = parameter == 0;
-  const Index rows = turned ? layer.I : 1, row = turned ? K_ * layer.O : K_ * size;
+  const Index rows = turned ? args_.first_rows() : 1, row = turned ? K_ * layer.O : K_ * size;
   const Index stride = turned ? args_.C * layer.O : row, offset = k0_ * (turned ? layer.O : size);
   Real* u = args_.u[parameter] + offset;
   const double decay = setting.weight_decay + ridge;
@@ -124,12 +161,26 @@ void Columns<Real>::start_dots(const Primal<Real>& primal) {
     double sum = std::accumulate(&sums_[k * O], &sums_[k * O] + O, 0.0) * static_cast<double>(directions_[0].scale);
     for (std::size_t p = 1; p < directions_.size(); ++p) {
       if (!directions_[p].u) continue;
-      const Index size = parameter_size(args_.layers[p / 2], p % 2);
+      const Index size = size_of(args_, p);
       const Real* theta = p % 2 ? primal.layers[p / 2].bias : primal.layers[p / 2].weight;
       sum += static_cast<double>(directions_[p].scale) * inner(size, directions_[p].data + k * size, theta);
     }
     for (Index b = 0; b < primal.B; ++b) dots_[b * K_ + k] = args_.l2 * sum;
   }
+}
+
+// ż¹ = x Cᵀ up to the direction's scale; with gram the samples' rows of V = X Cᵀ.
+template <class Real>
+void Columns<Real>::first_products(const Primal<Real>& primal, int threads) {
+  const Index O = args_.layers[0].O, I = args_.layers[0].I, B = primal.B;
+  const Direction& weight = directions_[0];
+  if (args_.gram) {
+    for (Index b = 0; b < B; ++b)
+      std::copy_n(weight.data + primal.rows[b] * weight.data_stride, K_ * O, z_[0] + b * K_ * O);
+    return;
+  }
+  product<Real>(Op::none, Op::none, B, K_ * O, I, primal.layers[0].input, I, weight.data, weight.data_stride, 0, z_[0],
+                K_ * O, threads);
 }
 
 // żˡ = ḣˡ⁻¹ Wᵀ + hˡ⁻¹ Cᵀ + c, ḣˡ = φ' żˡ; dots += ⟨∂ℓ/∂zᴸ, żᴸ⟩
@@ -142,8 +193,7 @@ void Columns<Real>::forward(const Primal<Real>& primal, int threads) {
     const Direction &weight = directions_[2 * l], &bias = directions_[2 * l + 1];
     Real scale = weight.scale;
     if (l == 0) {
-      product<Real>(Op::none, Op::none, B, K_ * O, I, layer.input, I, weight.data, weight.data_stride, 0, z_[0], K_ * O,
-                    threads);
+      first_products(primal, threads);
     } else {
       product<Real>(Op::none, Op::transpose, B * K_, O, I, h_[l - 1], I, layer.weight, I, 0, z_[l], O, threads);
       scale_to(B * I, scale, layer.input, scaled_);
@@ -163,8 +213,11 @@ void Columns<Real>::first_order_dots(const Primal<Real>& primal, int threads) {
   for (std::size_t l = 0; l < z_.size(); ++l) {
     const Index O = args_.layers[l].O, I = args_.layers[l].I;
     const Direction &weight = directions_[2 * l], &bias = directions_[2 * l + 1];
-    product<Real>(Op::none, l == 0 ? Op::none : Op::transpose, B, K_ * O, I, primal.layers[l].input, I, weight.data,
-                  l == 0 ? weight.data_stride : I, 0, z_[l], K_ * O, threads);
+    if (l == 0)
+      first_products(primal, threads);
+    else
+      product<Real>(Op::none, Op::transpose, B, K_ * O, I, primal.layers[l].input, I, weight.data, I, 0, z_[l], K_ * O,
+                    threads);
     scale_and_shift(B, K_ * O, weight.scale, bias.scale, bias.data, z_[l]);
     add_row_dots(B, K_, O, primal.layers[l].delta, z_[l], dots_.data());
   }
@@ -254,8 +307,9 @@ void Columns<Real>::update(const Primal<Real>& primal, std::size_t l, int thread
   const Index O = args_.layers[l].O, I = args_.layers[l].I, B = primal.B;
   const Direction &weight = directions_[2 * l], &bias = directions_[2 * l + 1];
   const auto& layer = primal.layers[l];
-  if (l == 0)
-    product<Real>(Op::transpose, Op::none, I, K_ * O, B, layer.input, I, d_, K_ * O, weight.keep, weight.u,
+  const Index rows = args_.first_rows();
+  if (l == 0)  // with gram V = keep V + (x xᵀ)ᵀ δ̇
+    product<Real>(Op::transpose, Op::none, rows, K_ * O, B, layer.input, rows, d_, K_ * O, weight.keep, weight.u,
                   weight.u_stride, threads);
   else
     product<Real>(Op::transpose, Op::none, K_ * O, I, B, d_, K_ * O, layer.input, I, weight.keep, weight.u, I, threads);

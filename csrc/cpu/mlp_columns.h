@@ -16,6 +16,10 @@ class Columns {
   // Step t for the columns k0 … k0 + count: scores and blocks. Whether all dots were finite.
   bool step(const Primal<Real>& primal, Index t, Index k0, Index count, int threads);
 
+  // Column k becomes the row `row` of the visits' gradients, or that is subtracted from it.
+  void join(Index k, Index row);
+  void leave(Index k, Index row);
+
   // Elements that one column needs for a batch of this size.
   static Index size_of_column(const MlpSweep<Real>& args, Index max_batch);
 
@@ -29,6 +33,9 @@ class Columns {
     Index rows, row, data_stride, u_stride;
   };
 
+  template <class Change>
+  void visit(Index k, Index row, Change change);
+  void first_products(const Primal<Real>& primal, int threads);
   Direction direction(std::size_t parameter, const Setting& setting, double ridge);
   void start_dots(const Primal<Real>& primal);
   void forward(const Primal<Real>& primal, int threads);

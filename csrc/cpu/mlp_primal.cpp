@@ -11,14 +11,14 @@ namespace dit_fast::cpu {
 template <class Real>
 Index Primal<Real>::size(const MlpSweep<Real>& args, Index max_batch) {
   const auto rounded = Arena<Real>::rounded;
-  Index total = rounded(max_batch * args.layers.front().I);
+  Index total = rounded(max_batch * args.first_rows());
   for (const MlpLayer& layer : args.layers) total += 4 * rounded(max_batch * layer.O);
   return total + 3 * rounded(max_batch * args.layers.back().O);
 }
 
 template <class Real>
 Primal<Real>::Primal(const MlpSweep<Real>& args, Index max_batch) : args(args), arena_(size(args, max_batch)) {
-  Real* input = arena_.take(max_batch * args.layers.front().I);
+  Real* input = arena_.take(max_batch * args.first_rows());
   for (const MlpLayer& layer : args.layers) {
     const Index size = max_batch * layer.O;
     layers.push_back({nullptr, nullptr, input, arena_.take(size), arena_.take(size), arena_.take(size)});
@@ -33,6 +33,7 @@ Primal<Real>::Primal(const MlpSweep<Real>& args, Index max_batch) : args(args), 
 template <class Real>
 void Primal<Real>::run(Index t, bool weighted, bool backward, int threads) {
   B = args.offsets[t + 1] - args.offsets[t];
+  rows = args.rows + args.offsets[t];
   coefficients = args.coefficients + args.offsets[t];
   coefficient_sum = std::accumulate(coefficients, coefficients + B, 0.0);
   const Real* theta = args.theta + t * args.theta_stride;
@@ -40,9 +41,9 @@ void Primal<Real>::run(Index t, bool weighted, bool backward, int threads) {
     layers[l].weight = theta + args.layers[l].weight;
     layers[l].bias = args.layers[l].bias < 0 ? nullptr : theta + args.layers[l].bias;
   }
-  gather(t);
+  gather();
   forward(threads);
-  differentiate_loss(t, weighted);
+  differentiate_loss(weighted);
   if (!backward) return;
   for (std::size_t l = layers.size() - 1; l-- > 0;) {
     const Index O = args.layers[l].O, above = args.layers[l + 1].O;
@@ -55,10 +56,10 @@ void Primal<Real>::run(Index t, bool weighted, bool backward, int threads) {
 }
 
 template <class Real>
-void Primal<Real>::gather(Index t) {
-  const Index I = args.layers.front().I;
-  const Index* rows = args.rows + args.offsets[t];
-  for (Index b = 0; b < B; ++b) std::copy_n(args.x + rows[b] * args.x_stride, I, layers[0].input + b * I);
+void Primal<Real>::gather() {
+  const Index size = args.first_rows(), stride = args.gram ? size : args.x_stride;
+  const Real* from = args.gram ? args.gram : args.x;
+  for (Index b = 0; b < B; ++b) std::copy_n(from + rows[b] * stride, size, layers[0].input + b * size);
 }
 
 template <class Real>
@@ -68,17 +69,21 @@ void Primal<Real>::forward(int threads) {
     const Layer& layer = layers[l];
     Real* z = l + 1 < layers.size() ? layers[l + 1].input : output;
     if (layer.bias) copy_rows(B, O, layer.bias, z);
-    product<Real>(Op::none, Op::transpose, B, O, I, layer.input, I, layer.weight, I, layer.bias ? 1 : 0, z, O, threads);
+    if (l == 0 && args.gram) {
+      row_products(B, O, I, args.x, args.x_stride, rows, layer.weight, I, layer.bias ? Real(1) : Real(0), z);
+    } else {
+      product<Real>(Op::none, Op::transpose, B, O, I, layer.input, I, layer.weight, I, layer.bias ? 1 : 0, z, O,
+                    threads);
+    }
     activate_all<Real>(activation, static_cast<Real>(slope), B * O, z, layer.first, layer.second);
   }
 }
 
 template <class Real>
-void Primal<Real>::differentiate_loss(Index t, bool weighted) {
+void Primal<Real>::differentiate_loss(bool weighted) {
   const Index O = args.layers.back().O;
   const bool curved = !piecewise_linear(args.layers.back().activation);
   const Layer& last = layers.back();
-  const Index* rows = args.rows + args.offsets[t];
   for (Index b = 0; b < B; ++b) {
     const Index at = b * O;
     loss_probabilities(args.loss, O, output + at, probabilities + at);

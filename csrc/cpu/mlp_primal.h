@@ -34,7 +34,7 @@ struct Primal {
   // δˡ = a_b ∂ℓ_b/∂zˡ and everything else that contains a gradient carries the coefficient a_b.
   struct Layer {
     const Real *weight, *bias;  // Wˡ [O,I], bˡ [O] in this step's row of theta
-    Real* input;                // hˡ⁻¹ [B,I]
+    Real* input;                // hˡ⁻¹ [B,I]; with gram the first layer's is the samples' rows of gram [B,M]
     Real* first;                // φ'(zˡ) [B,O]
     Real* second;               // φ''(zˡ), then the curve a_b ∂ℓ_b/∂hˡ φ''(zˡ) [B,O]
     Real* delta;                // δˡ [B,O]
@@ -48,6 +48,7 @@ struct Primal {
   Real*
       top_curve;  // the diagonal a_b ∂²ℓ_b/∂zᴸ², of the Gauss–Newton part alone where asked [B,O]; not of cross_entropy
   Index B = 0;
+  const Index* rows = nullptr;  // of the data [B]
   const double* coefficients = nullptr;
   double coefficient_sum = 0;
 
@@ -60,9 +61,9 @@ struct Primal {
   Arena<Real> arena_;
 
   static Index size(const MlpSweep<Real>& args, Index max_batch);
-  void gather(Index t);
+  void gather();
   void forward(int threads);
-  void differentiate_loss(Index t, bool weighted);
+  void differentiate_loss(bool weighted);
 };
 
 }  // namespace dit_fast::cpu

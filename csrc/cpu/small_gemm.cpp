@@ -80,6 +80,54 @@ template <class Real, Index R, Index V>
   if (j < n) strip<Real, 32, R, 1>(m, k, left, b + j, ldb, beta, c + j, ldc);
 }
 
+// C[R, n] = beta C + A Bᵀ for rows of A given one by one; each sum in a line, then over it.
+template <class Real, Index R, Index N>
+[[gnu::always_inline]] inline void row_tile(Index k, const Real* const* a, const Real* b, Index ldb, Real beta, Real* c,
+                                            Index ldc) {
+  using Vector = typename Line<Real, 64>::type;
+  constexpr Index width = Line<Real, 64>::size;
+  Vector sum[R][N] = {};
+  Index l = 0;
+  for (; l + width <= k; l += width) {
+    Vector left[R];
+#pragma GCC unroll 4
+    for (Index y = 0; y < R; ++y) std::memcpy(&left[y], a[y] + l, sizeof(Vector));
+#pragma GCC unroll 4
+    for (Index j = 0; j < N; ++j) {
+      Vector right;
+      std::memcpy(&right, b + j * ldb + l, sizeof(Vector));
+#pragma GCC unroll 4
+      for (Index y = 0; y < R; ++y) sum[y][j] += left[y] * right;
+    }
+  }
+  for (Index y = 0; y < R; ++y)
+    for (Index j = 0; j < N; ++j) {
+      Real total = 0;
+      for (Index i = 0; i < width; ++i) total += sum[y][j][i];
+      for (Index i = l; i < k; ++i) total += a[y][i] * b[j * ldb + i];
+      Real& to = c[y * ldc + j];
+      to = (beta == 0 ? 0 : beta * to) + total;
+    }
+}
+
+template <class Real>
+[[gnu::always_inline]] inline void row_products_loop(Index m, Index n, Index k, const Real* a, Index lda,
+                                                     const Index* rows, const Real* b, Index ldb, Real beta, Real* c) {
+  Index y = 0;
+  for (; y + 4 <= m; y += 4) {
+    const Real* left[4] = {a + rows[y] * lda, a + rows[y + 1] * lda, a + rows[y + 2] * lda, a + rows[y + 3] * lda};
+    Index j = 0;
+    for (; j + 4 <= n; j += 4) row_tile<Real, 4, 4>(k, left, b + j * ldb, ldb, beta, c + y * n + j, n);
+    for (; j < n; ++j) row_tile<Real, 4, 1>(k, left, b + j * ldb, ldb, beta, c + y * n + j, n);
+  }
+  for (; y < m; ++y) {
+    const Real* left = a + rows[y] * lda;
+    Index j = 0;
+    for (; j + 4 <= n; j += 4) row_tile<Real, 1, 4>(k, &left, b + j * ldb, ldb, beta, c + y * n + j, n);
+    for (; j < n; ++j) row_tile<Real, 1, 1>(k, &left, b + j * ldb, ldb, beta, c + y * n + j, n);
+  }
+}
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define DIT_FAST_LEVELS
 #define DIT_FAST_V4 __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
@@ -121,6 +169,18 @@ void multiply(Index m, Index n, Index k, Left<Real> left, const Real* b, Index l
   if (level() == 4) return multiply_v4(m, n, k, left, b, ldb, beta, c, ldc);
   if (level() == 3) return multiply_v3(m, n, k, left, b, ldb, beta, c, ldc);
   multiply_any(m, n, k, left, b, ldb, beta, c, ldc);
+}
+
+template <class Real>
+DIT_FAST_V4 void row_products_v4(Index m, Index n, Index k, const Real* a, Index lda, const Index* rows, const Real* b,
+                                 Index ldb, Real beta, Real* c) {
+  row_products_loop(m, n, k, a, lda, rows, b, ldb, beta, c);
+}
+
+template <class Real>
+DIT_FAST_V3 void row_products_v3(Index m, Index n, Index k, const Real* a, Index lda, const Index* rows, const Real* b,
+                                 Index ldb, Real beta, Real* c) {
+  row_products_loop(m, n, k, a, lda, rows, b, ldb, beta, c);
 }
 
 template <class Real>
@@ -170,6 +230,17 @@ void small_gemm(Op op_a, Op op_b, Index m, Index n, Index k, const Real* a, Inde
     }
 }
 
+template <class Real>
+void row_products(Index m, Index n, Index k, const Real* a, Index lda, const Index* rows, const Real* b, Index ldb,
+                  Real beta, Real* c) {
+  if (level() == 4) return row_products_v4(m, n, k, a, lda, rows, b, ldb, beta, c);
+  if (level() == 3) return row_products_v3(m, n, k, a, lda, rows, b, ldb, beta, c);
+  row_products_loop(m, n, k, a, lda, rows, b, ldb, beta, c);
+}
+
+template void row_products(Index, Index, Index, const float*, Index, const Index*, const float*, Index, float, float*);
+template void row_products(Index, Index, Index, const double*, Index, const Index*, const double*, Index, double,
+                           double*);
 template void small_gemm(Op, Op, Index, Index, Index, const float*, Index, const float*, Index, float, float*, Index);
 template void small_gemm(Op, Op, Index, Index, Index, const double*, Index, const double*, Index, double, double*,
                          Index);

@@ -18,6 +18,11 @@ inline bool is_small_gemm(Op op_a, Op op_b, Index m, Index n, Index k) {
   return m >= 4 && (m * n * k <= Index(1) << 19 || (n <= 16 && m >= 32));
 }
 
+// C[m,n] = beta C + A Bᵀ, A the rows a + rows[y]·lda, all rows contiguous: nothing is copied. For few n and long k.
+template <class Real>
+void row_products(Index m, Index n, Index k, const Real* a, Index lda, const Index* rows, const Real* b, Index ldb,
+                  Real beta, Real* c);
+
 // The product by whichever is faster.
 template <class Real>
 void product(Op op_a, Op op_b, Index m, Index n, Index k, const Real* a, Index lda, const Real* b, Index ldb, Real beta,

@@ -57,6 +57,22 @@ class MlpSteps:
 
 
 @dataclass(frozen=True)
+class MlpVisits:
+    """When K columns join a sweep over the steps of `MlpSteps` and leave it, and with what; int64 [K], on the CPU.
+
+    Column k takes part in the steps t < joins[k], which fall with k: once the steps from joins[k] on are done it becomes row
+    joining[k] of `gradients` [n, P], laid out as theta. Row leaving[k] is subtracted from it once the steps from leaves[k] on
+    are done; 0 or less for never. What has not joined must be zero.
+    """
+
+    joins: Tensor
+    leaves: Tensor
+    joining: Tensor
+    leaving: Tensor
+    gradients: Tensor
+
+
+@dataclass(frozen=True)
 class MlpModels:
     """K counterfactual models: which join when, and what each lacks; int64.
 
@@ -98,12 +114,38 @@ def mlp_block(
 
 
 def check_sweep(
-    net: Mlp, steps: MlpSteps, blocks: Sequence[Tensor | None], momenta: Sequence[Tensor | None] | None, scores: Tensor
+    net: Mlp,
+    steps: MlpSteps,
+    blocks: Sequence[Tensor | None],
+    momenta: Sequence[Tensor | None] | None,
+    scores: Tensor,
+    visits: MlpVisits | None = None,
+    gram: Tensor | None = None,
+    l2: float = 0.0,
 ) -> None:
     """What `ops.MlpSweep` refuses: TypeError or ValueError that names the argument."""
-    K, N = scores.shape
+    (K, N), M = scores.shape, len(steps.x)
     _check_tensors(steps.theta.device, ("scores", scores, torch.float64, (K, N)))
-    _check_steps(net, steps, blocks, momenta, K, N)
+    _check_steps(net, steps, blocks, momenta, K, N, first_inputs=None if gram is None else M)
+    if gram is not None:
+        _check_tensors(steps.theta.device, ("gram", gram, steps.theta.dtype, (M, M)))
+        if l2:
+            raise ValueError("gram cannot be used with l2, which needs the columns themselves")
+    if visits is not None:
+        _check_visits(steps, visits, K)
+
+
+def _check_visits(steps: MlpSteps, visits: MlpVisits, most: int) -> None:
+    K, n = len(visits.joins), len(visits.gradients)
+    if most < K:
+        raise ValueError(f"joins names {K} columns, the blocks hold {most}")
+    names = ("joins", "leaves", "joining", "leaving")
+    _check_tensors(torch.device("cpu"), *((name, getattr(visits, name), torch.int64, (K,)) for name in names))
+    _check_tensors(steps.theta.device, ("gradients", visits.gradients, steps.theta.dtype, (n, steps.theta.shape[1])))
+    _check_range("joining", visits.joining, n)
+    _check_range("leaving", visits.leaving, n)
+    if bool((visits.joins.diff() > 0).any()):
+        raise ValueError("joins must fall: columns are sorted by their last step")
 
 
 def check_retrain(
@@ -144,6 +186,7 @@ def _check_steps(
     momenta: Sequence[Tensor | None] | None,
     K: int,
     N: int,
+    first_inputs: int | None = None,
 ) -> None:
     n, B = len(steps.theta), len(steps.rows)
     check_data(net, steps.theta, steps.x, steps.targets, steps.coefficients, steps.rows)
@@ -152,8 +195,8 @@ def _check_steps(
         ("ids", steps.ids, torch.int64, (B,)),
         ("offsets", steps.offsets, torch.int64, (n + 1,)),
         ("settings", steps.settings, torch.float64, (n, 2 * len(net.layers), len(SETTINGS))),
-        *_blocks(net, "blocks", blocks, K, steps.theta.dtype),
-        *(_blocks(net, "momenta", momenta, K, steps.theta.dtype) if momenta is not None else ()),
+        *_blocks(net, "blocks", blocks, K, steps.theta.dtype, first_inputs),
+        *(_blocks(net, "momenta", momenta, K, steps.theta.dtype, first_inputs) if momenta is not None else ()),
     )
     _check_range("ids", steps.ids, N)
     if int(steps.offsets[0]) != 0 or int(steps.offsets[-1]) != B or bool((steps.offsets.diff() < 0).any()):
@@ -204,7 +247,7 @@ def _check_tensors(device: torch.device, *wanted: tuple[str, Tensor, torch.dtype
 
 
 def _blocks(
-    net: Mlp, what: str, blocks: Sequence[Tensor | None], K: int, dtype: torch.dtype
+    net: Mlp, what: str, blocks: Sequence[Tensor | None], K: int, dtype: torch.dtype, first_inputs: int | None = None
 ) -> list[tuple[str, Tensor, torch.dtype, tuple[int, ...]]]:
     if len(blocks) != 2 * len(net.layers):
         raise ValueError(f"{what} must hold a weight's and a bias's block per layer, {2 * len(net.layers)}, got {len(blocks)}")
@@ -213,7 +256,8 @@ def _blocks(
         if (block is None) != (i % 2 == 1 and layer.bias is None):
             raise ValueError(f"{what}[{i}] must be {'None' if block is not None else 'a tensor'}")
         if block is not None:
-            shape = (K, layer.outputs) if i % 2 else (K, layer.outputs, layer.inputs)
+            inputs = first_inputs if i == 0 and first_inputs is not None else layer.inputs
+            shape = (K, layer.outputs) if i % 2 else (K, layer.outputs, inputs)
             wanted.append((f"{what}[{i}]", block, dtype, shape))
     return wanted
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_fast import ops
-from dit_fast.mlp import ACTIVATIONS, LOSSES, Mlp, MlpLayer, MlpSteps, check_sweep
+from dit_fast.mlp import ACTIVATIONS, LOSSES, Mlp, MlpLayer, MlpSteps, MlpVisits, check_sweep
 
 # graphs that are kept: a schedule that changes with every step would capture each one for itself
 MOST_GRAPHS = 64
@@ -68,14 +68,20 @@ class GemmSweep:
         blocks: Sequence[Tensor | None],
         momenta: Sequence[Tensor | None] | None,
         scores: Tensor,
+        visits: MlpVisits | None = None,
         *,
         l2: float = 0.0,
         hessian: str = "exact",
         replayed: Replayed | None = None,
     ) -> None:
-        check_sweep(net, steps, blocks, momenta, scores)
+        check_sweep(net, steps, blocks, momenta, scores, visits)
         self.net, self.steps, self.blocks, self.momenta, self.scores = net, steps, blocks, momenta, scores
         self.l2, self.hessian, device = l2, hessian, steps.theta.device
+        self.visits = visits
+        if visits is not None:
+            self.joins, self.leaves, self.joining, self.leaving = (
+                values.tolist() for values in (visits.joins, visits.leaves, visits.joining, visits.leaving)
+            )
         self.replayed = replayed or Replayed(device)
         # read once, so that no step has to wait for them
         self.offsets, self.settings = steps.offsets.tolist(), steps.settings.tolist()
@@ -88,9 +94,13 @@ class GemmSweep:
         self.a = torch.empty(largest, dtype=torch.float64, device=device)
         self.t, self.bad = (torch.full((), -1, dtype=torch.int64, device=device) for _ in range(2))
 
-    def run(self, start: int, stop: int, num_columns: int) -> None:
-        """Steps stop − 1 … start for the first `num_columns` columns."""
+    def run(self, start: int, stop: int) -> None:
+        """Steps stop − 1 … start."""
+        num_columns = len(self.scores)
         for t in reversed(range(start, stop)):
+            if self.visits is not None:
+                self._join_and_leave(t + 1)
+                num_columns = sum(join > t for join in self.joins)
             first, last = self.offsets[t : t + 2]
             B, batch = last - first, slice(first, last)
             self.theta.copy_(self.steps.theta[t])
@@ -99,12 +109,29 @@ class GemmSweep:
                 own[:B].copy_(logged[batch])
             total, settings = self.totals[t], self.settings[t]
             key = (B, num_columns, total, tuple(map(tuple, settings)))
-            self.replayed(key, lambda B=B, s=settings, total=total: self._step(B, num_columns, s, total))  # type: ignore[misc]
+            self.replayed(key, lambda B=B, K=num_columns, s=settings, total=total: self._step(B, K, s, total))  # type: ignore[misc]
 
     def bad_step(self) -> int | None:
         """The last step whose scores are not finite, None where all are."""
         bad = int(self.bad)
         return None if bad < 0 else bad
+
+    def _join_and_leave(self, t: int) -> None:
+        """What the columns' blocks get once the steps from t on are done."""
+        assert self.visits is not None
+        layers = [layer for layer in self.net.layers for _ in range(2)]
+        for i, (layer, block) in enumerate(zip(layers, self.blocks, strict=True)):
+            if block is None:
+                continue
+            at = layer.weight if i % 2 == 0 else layer.bias
+            assert at is not None
+            own = self.visits.gradients[:, at : at + block[0].numel()].unflatten(1, block.shape[1:])
+            joining = [(k, row) for k, (join, row) in enumerate(zip(self.joins, self.joining, strict=True)) if join == t]
+            leaving = [(k, row) for k, (end, row) in enumerate(zip(self.leaves, self.leaving, strict=True)) if end == t > 0]
+            if joining:
+                torch._foreach_copy_([block[k] for k, _ in joining], [own[row] for _, row in joining])
+            if leaving:
+                torch._foreach_sub_([block[k] for k, _ in leaving], [own[row] for _, row in leaving])
 
     def _step(self, B: int, K: int, settings: list[list[float]], total: float) -> None:
         self.B, self.K = B, K

@@ -1,6 +1,6 @@
 """The compiled whole-sweep path for feed-forward nets: many steps and all columns in one call of `ops.MlpSweep`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,11 +10,9 @@ from torch import Tensor
 
 from dit_fast import mlp, mlp_gemm, mlp_team, ops
 from dit_fast.data import default_unpack
-from dit_fast.errors import LogError
 from dit_fast.linearize import Hessian, linearize
 from dit_fast.log import Step
 from dit_fast.optimizers import SGD
-from dit_fast.plan import Column
 from dit_fast.problem import Batch, Evaluator, Params
 from dit_fast.queries import CHUNK, Query
 from dit_fast.recognize import NotCompiled, Recognized, check_targets, recognize
@@ -28,8 +26,6 @@ AGREEMENT = {torch.float32: 1e-5, torch.float64: 1e-10}
 CALL_FLOPS = 1e9
 # numbers of the log and of the data that are copied at a time where they cannot be used in place
 SLICE_NUMBERS = 1 << 24
-# numbers of float32 in half a vector register, which the products take as a whole
-LINE = 8
 
 
 @dataclass(frozen=True)
@@ -107,66 +103,6 @@ def read(ev: Evaluator) -> tuple[Native, Params, Batch]:
     return Native(recognized, _whole_data(ev, recognized), largest, momentum, engine), params, batch
 
 
-def sweep(
-    ev: Evaluator,
-    columns: Sequence[Column],
-    native: Native,
-    hessian: Hessian,
-    query_gradients: QueryGradients,
-    num_samples: int,
-    progress: Callable[..., object],
-) -> Tensor:
-    """Scores [K, N] float64, as `sweep.sweep` gives them; progress(n) is called after every n steps.
-
-    Raises NotCompiled where data that is fetched on the way turns out to have targets of another kind.
-    """
-    capacity = _padded(native, len(columns), 2 * LINE)  # rows of the first layer's block then begin on cache lines
-    scores = torch.zeros(capacity, num_samples, dtype=torch.float64, device=ev.device)
-    blocks = make_blocks(ev, native, capacity)
-    momenta = None
-    if native.momentum:
-        momenta = make_blocks(ev, native, capacity)
-    views = {name: block.unbind(0) for name, block in blocks.items()}
-    ends = sorted({t for column in columns for t in (column.start, column.stop) if t} | {0})
-    t = columns[0].stop
-    active, flops = 0, flops_per_column(ev, native)
-    loaded = range(t, t)
-    engine: ops.MlpSweep | mlp_gemm.GemmSweep | None = None
-    while t > 0:
-        if t == ends[-1]:
-            ends.pop()
-            _join_and_leave(t, columns, views, query_gradients(t))
-            active = sum(column.stop >= t for column in columns)
-        if t <= loaded.start or engine is None:
-            loaded = range(max(0, t - steps_per_slice(ev, native, t - 1)), t)
-            engine = _engine(ev, native, hessian, loaded, blocks, momenta, scores)
-        start = max(ends[-1], loaded.start, t - max(1, int(CALL_FLOPS / (flops * active))))
-        bad = engine.run(start - loaded.start, t - loaded.start, _padded(native, active))
-        if isinstance(engine, mlp_gemm.GemmSweep) and start == loaded.start:  # once a slice: it waits for the GPU
-            bad = engine.bad_step()
-        if bad is not None:
-            bad += loaded.start
-            raise LogError(f"step {bad}: a score is NaN or infinite; the sweep cannot pass this step (try dtype=torch.float64)")
-        progress(t - start)
-        t = start
-    if not torch.isfinite(scores).all():
-        raise LogError("some scores are NaN or infinite (try dtype=torch.float64, or check=True to test the log)")
-    return scores[: len(columns)]
-
-
-def _join_and_leave(t: int, columns: Sequence[Column], views: dict[str, tuple[Tensor, ...]], gradients: Params) -> None:
-    """`sweep.join_and_leave` on the blocks' columns."""
-    leaving = [(k, column.query) for k, column in enumerate(columns) if column.start == t]
-    joining = [(k, column.query) for k, column in enumerate(columns) if column.stop == t]
-    rows = {name: block.unbind(0) for name, block in gradients.items()}
-    if leaving:
-        of_columns = [views[name][k] for name in rows for k, _ in leaving]
-        torch._foreach_sub_(of_columns, [own[query] for own in rows.values() for _, query in leaving])
-    if joining:
-        of_columns = [views[name][k] for name in rows for k, _ in joining]
-        torch._foreach_copy_(of_columns, [own[query] for own in rows.values() for _, query in joining])
-
-
 def query_gradients(
     ev: Evaluator, native: Native, asked: Sequence[Query], points: Sequence[int], generic: QueryGradients
 ) -> QueryGradients:
@@ -218,14 +154,6 @@ def _split(ev: Evaluator, flat: Tensor) -> Params:
     return {name: piece.unflatten(1, shape) for (name, shape), piece in zip(ev.shapes.items(), pieces, strict=True)}
 
 
-def _padded(native: Native, num_columns: int, line: int = LINE) -> int:
-    """As many columns as fit the lines that `num_columns` of the first layer take; those added are zero."""
-    outputs = native.recognized.net.layers[0].outputs
-    if line % outputs or num_columns * outputs == 1:
-        return num_columns
-    return -(-num_columns * outputs // line) * line // outputs
-
-
 def make_blocks(ev: Evaluator, native: Native, num_columns: int) -> Params:
     """A zero block [K, *shape] for each parameter."""
     first = native.recognized.parameters[0]
@@ -243,24 +171,6 @@ def steps_per_slice(ev: Evaluator, native: Native, t: int) -> int:
     if native.data is None:
         numbers += len(ev.trajectory.batch_ids(t)) * native.recognized.net.layers[0].inputs
     return max(1, SLICE_NUMBERS // numbers)
-
-
-def _engine(
-    ev: Evaluator,
-    native: Native,
-    hessian: Hessian,
-    loaded: range,
-    blocks: Params,
-    momenta: Params | None,
-    scores: Tensor,
-) -> ops.MlpSweep | mlp_gemm.GemmSweep:
-    names = native.recognized.parameters
-    own = [None if name is None else blocks[name] for name in names]
-    own_momenta = None if momenta is None else [None if name is None else momenta[name] for name in names]
-    steps = load_steps(ev, native, loaded)
-    net = native.recognized.net
-    op = mlp_gemm.GemmSweep if native.engine == "gemm" else ops.MlpSweep
-    return op(net, steps, own, own_momenta, scores, l2=ev.l2, hessian=hessian)
 
 
 def load_steps(ev: Evaluator, native: Native, loaded: range) -> mlp.MlpSteps:
@@ -373,7 +283,7 @@ def _compare(ev: Evaluator, native: Native, params: Params, batch: Batch, hessia
         mlp_team.TeamSweep(recognized.net, steps, own, None, scores, joins, 0 * joins, None, team, **options).run()
     else:
         op = mlp_gemm.GemmSweep if native.engine == "gemm" else ops.MlpSweep
-        op(recognized.net, steps, own, None, scores, l2=ev.l2, hessian=hessian).run(0, 1, 1)
+        op(recognized.net, steps, own, None, scores, l2=ev.l2, hessian=hessian).run(0, 1)
     pairs = [(scores, -dots * batch.coefficients.double(), 0.0)]
     largest = max(float(value.abs().max()) for value in hvp.values())
     rounding = 4 * torch.finfo(ev.dtype).eps

@@ -26,7 +26,7 @@ def sweep(
     """Scores [K, N] float64 on the device, as `sweep.sweep` gives them; progress(n) is called after every n steps.
 
     The query's gradients are taken first, so that columns join and leave inside the launch. Raises NotCompiled as
-    `native.sweep`.
+    `native_sweep.sweep`.
     """
     K, last = len(columns), columns[0].stop
     scores = torch.zeros(K, num_samples, dtype=torch.float64, device=ev.device)

@@ -30,6 +30,7 @@ from dit_fast.mlp import (
     Mlp,
     MlpModels,
     MlpSteps,
+    MlpVisits,
     check_data,
     check_loss_changes,
     check_retrain,
@@ -207,6 +208,10 @@ class MlpSweep:
             The first weight's lies in memory as [I, K, O] (`mlp_block`), the others are contiguous.
         momenta: the same for the momentum buffers' cotangents; None where no step has momentum.
         scores: [K, N] float64, accumulated into.
+        visits: when columns join and leave; None: all K take part in all steps, with what their blocks hold.
+        gram: the samples' inner products x xᵀ [M, M]. The first weight's block is then [K, O, M] and holds X u, of every
+            sample, in place of u: a step adds combinations of samples to u and asks for products with samples alone. Faster
+            where M < 2 I; not with l2.
         hessian: "exact", "ggn" or "none".
 
     Raises:
@@ -221,32 +226,44 @@ class MlpSweep:
         blocks: Sequence[Tensor | None],
         momenta: Sequence[Tensor | None] | None,
         scores: Tensor,
+        visits: MlpVisits | None = None,
         *,
+        gram: Tensor | None = None,
         l2: float = 0.0,
         hessian: str = "exact",
     ) -> None:
-        check_sweep(net, steps, blocks, momenta, scores)
+        check_sweep(net, steps, blocks, momenta, scores, visits, gram, l2)
         _check_on_cpu(steps)
         specs, kinds = mlp_specs(net, hessian)
-        self._steps, self._kept = steps, (blocks, momenta, scores)
+        projected = None
+        if visits is not None and gram is not None:
+            layer, rows = net.layers[0], visits.gradients
+            weights = rows[:, layer.weight : layer.weight + layer.outputs * layer.inputs].reshape(-1, layer.inputs)
+            projected = steps.x @ weights.T  # [M, n·O]
+        self._steps, self._visits, self._kept = steps, visits, (blocks, momenta, scores, gram, projected)
+        self._gradients = (0, 0) if visits is None else (visits.gradients.data_ptr(), visits.gradients.stride(0))
+        self._projected = (0, 0) if projected is None else (projected.data_ptr(), len(visits.gradients))  # type: ignore[union-attr]
+        self._gram = (0, 0) if gram is None else (gram.data_ptr(), len(gram))
         self._twice = steps.theta.dtype == torch.float64
         self._model = (specs, kinds, net.loss_scale, l2)
         self._blocks, self._momenta = addresses(blocks), addresses(momenta or ())
         self._scores = (scores.data_ptr(), scores.stride(0))
 
-    def run(self, start: int, stop: int, num_columns: int) -> int | None:
-        """Steps stop − 1 … start for the first `num_columns` columns; the step whose scores are not finite, None if all are."""
-        steps = self._steps
-        if not (0 <= start <= stop <= len(steps.theta) and 0 <= num_columns <= len(self._kept[2])):
-            raise ValueError(f"steps {start}..{stop} of {len(steps.theta)} or {num_columns} columns are out of range")
+    def run(self, start: int, stop: int) -> int | None:
+        """Steps stop − 1 … start; the step whose scores are not finite, None if all are."""
+        steps, visits, capacity = self._steps, self._visits, len(self._kept[2])
+        if not 0 <= start <= stop <= len(steps.theta):
+            raise ValueError(f"steps {start}..{stop} of {len(steps.theta)} are out of range")
+        columns = [] if visits is None else [visits.joins - start, visits.leaves - start, visits.joining, visits.leaving]
         bad = _C.mlp_sweep_cpu(
             self._twice,
             *self._model,
-            (num_columns, len(self._kept[2]), stop - start),
+            (len(columns[0]) if columns else capacity, capacity, stop - start),
             *logged(steps, start),
             self._blocks,
             self._momenta,
             self._scores,
+            (addresses(columns) or [0] * 4, self._gradients, self._projected, self._gram),
             torch.get_num_threads(),
         )
         return None if bad < 0 else start + int(bad)

@@ -8,7 +8,7 @@ from torch.func import grad, jvp, vjp
 from torch.nn import functional as F
 
 from dit_fast.lowrank import GradDotLayer, LowrankUpdateLayer, UpdateDotLayer
-from dit_fast.mlp import SETTINGS, Mlp, MlpModels, MlpSteps
+from dit_fast.mlp import SETTINGS, Mlp, MlpModels, MlpSteps, MlpVisits
 from dit_fast.pooling import BYTE_PLACES, PoolWindow
 
 
@@ -211,17 +211,21 @@ class MlpSweep:
         blocks: Sequence[Tensor | None],
         momenta: Sequence[Tensor | None] | None,
         scores: Tensor,
+        visits: MlpVisits | None = None,
         *,
         l2: float = 0.0,
         hessian: str = "exact",
     ) -> None:
         self.net, self.steps, self.blocks, self.momenta, self.scores = net, steps, blocks, momenta, scores
-        self.l2, self.hessian = l2, hessian
+        self.visits, self.l2, self.hessian = visits, l2, hessian
 
-    def run(self, start: int, stop: int, num_columns: int) -> int | None:
-        """Steps stop − 1 … start for the first `num_columns` columns; the step whose scores are not finite, None if all are."""
-        s = self.steps
+    def run(self, start: int, stop: int) -> int | None:
+        """Steps stop − 1 … start; the step whose scores are not finite, None if all are."""
+        s, num_columns = self.steps, len(self.scores)
         for t in reversed(range(start, stop)):
+            if self.visits is not None:
+                self._visit(t + 1)
+                num_columns = int((self.visits.joins > t).sum())
             batch = slice(int(s.offsets[t]), int(s.offsets[t + 1]))
             x, target, a = s.x[s.rows[batch]], s.targets[s.rows[batch]], s.coefficients[batch]
             for k in range(num_columns):
@@ -235,6 +239,16 @@ class MlpSweep:
                 for place, p, _ in _places(self.net, self.blocks):
                     p[k] += hvp[place].view_as(p[k])
         return None
+
+    def _visit(self, t: int) -> None:
+        v = self.visits
+        assert v is not None
+        for k in range(len(v.joins)):
+            for place, p, _ in _places(self.net, self.blocks):
+                if v.joins[k] == t:
+                    p[k] = v.gradients[v.joining[k], place].view_as(p[k])
+                if v.leaves[k] == t > 0:
+                    p[k] -= v.gradients[v.leaving[k], place].view_as(p[k])
 
     def _cotangent(self, i: int, k: int, t: int) -> Tensor:
         """c of one parameter; its u takes the weight decay, its m the rule's."""

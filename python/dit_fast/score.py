@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast import factors, layerwise, logged, native, native_team, plan, queries
+from dit_fast import factors, layerwise, logged, native, native_sweep, native_team, plan, queries
 from dit_fast.fisher import fisher_step, largest_eigenvalue, warn_where_it_overshoots
 from dit_fast.guard import check_problem
 from dit_fast.linearize import HESSIANS, Hessian, choose_mode, linearize
@@ -255,7 +255,7 @@ def choose_sweep(
                     return native_team.sweep(ev, columns, compiled, hessian, gradients, num_samples, progress)
                 points = sorted({t for column in columns for t in (column.start, column.stop) if t})
                 at = native.query_gradients(ev, compiled, asked, points, gradients)
-                return native.sweep(ev, columns, compiled, hessian, at, num_samples, progress)
+                return native_sweep.sweep(ev, columns, compiled, hessian, at, num_samples, progress)
 
             return run, {"backend": "native", "why": why}
     linearizer, meta = choose_linearizer(ev, hessian, backend, num_columns, budget)

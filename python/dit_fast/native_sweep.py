@@ -1,0 +1,135 @@
+"""The compiled sweep of `native.py` by steps: all columns and a slice of the log in few calls of a compiled op."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_fast import mlp, mlp_gemm, native, ops
+from dit_fast.errors import LogError
+from dit_fast.linearize import Hessian
+from dit_fast.native import Native
+from dit_fast.plan import Column
+from dit_fast.problem import Evaluator
+from dit_fast.sweep import QueryGradients
+
+# numbers of float32 in a vector register: rows of the first layer's block begin on cache lines
+LINE = 16
+# samples whose inner products are kept at most, and the share of the work that they must leave
+MOST_GRAM_ROWS, GRAM_SHARE = 4096, 0.8
+# of them are made at a time, and what is symmetric is copied
+GRAM_BLOCK = 64
+
+
+def sweep(
+    ev: Evaluator,
+    columns: Sequence[Column],
+    compiled: Native,
+    hessian: Hessian,
+    query_gradients: QueryGradients,
+    num_samples: int,
+    progress: Callable[..., object],
+) -> Tensor:
+    """Scores [K, N] float64, as `sweep.sweep` gives them; progress(n) is called after every n steps.
+
+    The query's gradients are taken first, so that columns join and leave inside a call. Raises NotCompiled where data that is
+    fetched on the way turns out to have targets of another kind.
+    """
+    K, last, net = len(columns), columns[0].stop, compiled.recognized.net
+    visits = _visits(ev, columns, query_gradients)
+    gram = _gram(ev, compiled, hessian, columns)
+    capacity = -(-K // LINE) * LINE if LINE % net.layers[0].outputs == 0 else K
+    scores = torch.zeros(capacity, num_samples, dtype=torch.float64, device=ev.device)
+    blocks = _blocks(ev, compiled, capacity, gram)
+    momenta = _blocks(ev, compiled, capacity, gram) if compiled.momentum else None
+    flops = native.flops_per_column(ev, compiled) * sum(column.stop for column in columns) / last
+    t = last
+    while t > 0:
+        loaded = range(max(0, t - native.steps_per_slice(ev, compiled, t - 1)), t)
+        engine = _engine(ev, compiled, hessian, loaded, blocks, momenta, scores, visits, gram)
+        while t > loaded.start:
+            start = max(loaded.start, t - max(1, int(native.CALL_FLOPS / flops)))
+            bad = engine.run(start - loaded.start, t - loaded.start)
+            if isinstance(engine, mlp_gemm.GemmSweep) and start == loaded.start:  # once a slice: it waits for the GPU
+                bad = engine.bad_step()
+            if bad is not None:
+                bad += loaded.start
+                raise LogError(
+                    f"step {bad}: a score is NaN or infinite; the sweep cannot pass this step (try dtype=torch.float64)"
+                )
+            progress(t - start)
+            t = start
+    if not torch.isfinite(scores).all():
+        raise LogError("some scores are NaN or infinite (try dtype=torch.float64, or check=True to test the log)")
+    return scores[:K]
+
+
+def _visits(ev: Evaluator, columns: Sequence[Column], query_gradients: QueryGradients) -> mlp.MlpVisits:
+    """When the columns join and leave, by steps of the log, with the query's gradients at those."""
+    points = sorted({t for column in columns for t in (column.start, column.stop) if t}, reverse=True)
+    taken = [query_gradients(t) for t in points]
+    num_queries = len(next(iter(taken[0].values())))
+    place = {t: num_queries * i for i, t in enumerate(points)}
+    return mlp.MlpVisits(
+        torch.tensor([column.stop for column in columns]),
+        torch.tensor([column.start or 0 for column in columns]),
+        torch.tensor([place[column.stop] + column.query for column in columns]),
+        torch.tensor([place[column.start] + column.query if column.start else 0 for column in columns]),
+        torch.cat([torch.cat([gradients[name] for gradients in taken]).flatten(1) for name in ev.shapes], 1),
+    )
+
+
+def _gram(ev: Evaluator, compiled: Native, hessian: Hessian, columns: Sequence[Column]) -> Tensor | None:
+    """The samples' inner products where the first layer is cheaper in terms of them (`ops.MlpSweep`), by counted products.
+
+    A step of a column costs 2·B·I·O of the first layer, or M·B·O; to begin with ½·M²·I, and M·I·O for each column that joins
+    or leaves.
+    """
+    if compiled.engine != "cpu" or compiled.data is None or ev.l2 or hessian == "none":
+        return None
+    x = compiled.data[0]
+    (M, I), O = x.shape, compiled.recognized.net.layers[0].outputs
+    batch, steps = len(ev.trajectory.batch_ids(0)), sum(column.stop for column in columns)
+    ends = len(columns) + sum(column.start is not None for column in columns)
+    products = M * M * I / 2 + ends * M * I * O + steps * M * batch * O
+    if M > MOST_GRAM_ROWS or products > GRAM_SHARE * 2 * steps * batch * I * O:
+        return None
+    gram = x.new_empty(M, M)
+    for start in range(0, M, GRAM_BLOCK):
+        rows = slice(start, start + GRAM_BLOCK)
+        torch.mm(x[rows], x[: rows.stop].T, out=gram[rows, : rows.stop])
+        gram[:start, rows] = gram[rows, :start].T
+    return gram
+
+
+def _blocks(ev: Evaluator, compiled: Native, num_columns: int, gram: Tensor | None) -> list[Tensor | None]:
+    """A zero block per parameter in the order of the layers; with gram the first is of products with the samples."""
+    blocks: list[Tensor | None] = []
+    for i, name in enumerate(compiled.recognized.parameters):
+        shape = None if name is None else ev.shapes[name]
+        if i == 0 and gram is not None and shape is not None:
+            shape = torch.Size((shape[0], len(gram)))
+        blocks.append(None if shape is None else mlp.mlp_block(num_columns, shape, ev.dtype, i == 0, ev.device))
+    return blocks
+
+
+def _engine(
+    ev: Evaluator,
+    compiled: Native,
+    hessian: Hessian,
+    loaded: range,
+    blocks: Sequence[Tensor | None],
+    momenta: Sequence[Tensor | None] | None,
+    scores: Tensor,
+    visits: mlp.MlpVisits,
+    gram: Tensor | None,
+) -> ops.MlpSweep | mlp_gemm.GemmSweep:
+    steps, net = native.load_steps(ev, compiled, loaded), compiled.recognized.net
+    own = mlp.MlpVisits(
+        visits.joins - loaded.start, visits.leaves - loaded.start, visits.joining, visits.leaving, visits.gradients
+    )
+    options: dict[str, Any] = {"l2": ev.l2, "hessian": hessian}
+    if compiled.engine == "gemm":
+        return mlp_gemm.GemmSweep(net, steps, blocks, momenta, scores, own, **options)
+    return ops.MlpSweep(net, steps, blocks, momenta, scores, own, gram=gram, **options)
