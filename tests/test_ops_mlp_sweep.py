@@ -174,7 +174,7 @@ def test_op_names_the_step_that_is_not_finite():
 
 def test_op_by_inner_products_in_float32():
     case = op_case((37, 6, 1), "relu", "bce_logits", SETTINGS["decay"], K=3, n=6, dtype=torch.float32)
-    net, steps, blocks, momenta, scores = case
+    net, steps, blocks, _, scores = case
     own = [mlp.mlp_block(3, (6, 9), torch.float32, True).copy_(blocks[0] @ steps.x.T), *copies(blocks[1:])]
     results = [[*own, scores.clone()], [*copies(blocks), scores.clone()]]
     assert ops.MlpSweep(net, steps, results[0][:-1], None, results[0][-1], gram=steps.x @ steps.x.T).run(0, 6) is None

@@ -1,5 +1,7 @@
 """The compiled whole-sweep path for feed-forward nets: many steps and all columns in one call of `ops.MlpSweep`."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -177,7 +179,7 @@ def load_steps(ev: Evaluator, native: Native, loaded: range) -> mlp.MlpSteps:
     """The steps `loaded` of the log as the ops take them; NotCompiled where they hold what is not compiled."""
     logged = ev.trajectory.steps(loaded.start, loaded.stop)
     theta = ev.trajectory.rows(loaded.start, loaded.stop).to(ev.dtype)
-    if not torch.isfinite(theta.sum(1)).all():  # a sum may overflow itself: the exact check is the evaluator's
+    if not math.isfinite(float(theta.sum())):  # a sum may overflow itself: the exact check is the evaluator's
         for t in loaded:
             ev.params(t)
     ids = torch.cat([step.ids for step in logged])
@@ -192,7 +194,7 @@ def load_steps(ev: Evaluator, native: Native, loaded: range) -> mlp.MlpSteps:
         x = torch.cat([native.recognized.inputs(batch.args[0]) for batch in batches])
         targets = torch.cat([native.recognized.targets(batch.target, ev.dtype) for batch in batches])
         rows = torch.arange(len(ids))
-    offsets = torch.from_numpy(np.cumsum([0, *(sum(step.micro_sizes) for step in logged)]))
+    offsets = torch.tensor([0, *itertools.accumulate(sum(step.micro_sizes) for step in logged)])
     coefficients = torch.cat([step.coefficients for step in logged])
     steps = mlp.MlpSteps(theta, x, targets, rows, ids, coefficients, offsets, _settings(ev, native, loaded, logged))
     return mlp.on_device(steps, ev.device)
@@ -203,29 +205,30 @@ def _settings(ev: Evaluator, native: Native, loaded: range, logged: list[Step]) 
     rules, groups = ev.trajectory.optimizer, ev.trajectory.groups
     if any(step.absent for step in logged):
         raise NotCompiled("a parameter was without a gradient in some step")
-    table = np.array([step.settings for step in logged])  # [n, groups, settings]
+    numbers = itertools.chain.from_iterable(itertools.chain.from_iterable(step.settings for step in logged))
+    table = np.fromiter(numbers, np.float64).reshape(len(logged), len(rules), -1)
     _check_momentum(rules, table)
-    of_parameter = [0 if name is None else groups[name] for name in native.recognized.parameters]
-    values = np.zeros((len(logged), len(of_parameter), len(mlp.SETTINGS)))
-    for i, name in enumerate(mlp.SETTINGS):
-        if name in rules[0].setting_names:
-            values[..., i] = table[:, of_parameter, rules[0].setting_names.index(name)]
-        elif name != "first":
-            values[..., i] = [float(getattr(rules[group], name, 0)) for group in of_parameter]
+    # what is not logged with every step is the rule's own
+    others = [name for name in mlp.SETTINGS if name not in rules[0].setting_names]
+    own = [[0.0 if name == "first" else float(getattr(rule, name, 0)) for name in others] for rule in rules]
+    wide = np.concatenate([table, np.broadcast_to(np.array(own), (len(logged), len(rules), len(others)))], 2)
+    columns = [*rules[0].setting_names, *others]
+    of_parameter = [[0] if name is None else [groups[name]] for name in native.recognized.parameters]
+    values = wide[:, of_parameter, [columns.index(name) for name in mlp.SETTINGS]]
     if ev.trajectory.slots:
         # steps whose momentum buffer is not there yet
         first = [[name is not None and not counts[name] for name in native.recognized.parameters]
                  for counts in map(ev.trajectory.counts, loaded)]  # fmt: skip
         values[..., mlp.SETTINGS.index("first")] = first
-    return torch.from_numpy(values)
+    return torch.from_numpy(np.ascontiguousarray(values))
 
 
 def _check_momentum(rules: Sequence[Any], table: Any) -> None:
     """NotCompiled where a schedule takes momentum away for a step, in which torch leaves the buffer alone."""
     momentum = table[..., rules[0].setting_names.index("momentum")]
-    if any((momentum[:, group] == 0).any() and rule.momentum for group, rule in enumerate(rules)):
+    if any(rule.momentum and (momentum[:, group] == 0).any() for group, rule in enumerate(rules)):
         raise NotCompiled("a momentum that is 0 in some steps is not compiled")
-    if any(table[..., rules[0].setting_names.index("maximize")].flat):
+    if table[..., rules[0].setting_names.index("maximize")].any():
         raise NotCompiled("maximize is not compiled")
 
 
