@@ -96,8 +96,8 @@ ALLOWED = {
     "layerwise": "data duals layers linearize problem recognize sweep",
     "retrain": "byte_sizes data guard native native_retrain plan problem progress queries recognize replay result trajectory",
     "score": (
-        "factors fisher guard layerwise linearize logged native native_sweep native_team plan problem progress queries recognize replay "
-        "result retrain sweep trajectory"
+        "factors fisher guard layerwise linearize logged native native_sweep native_team plan problem progress queries "
+        "recognize replay result retrain sweep trajectory"
     ),
     "logged_cost": "factor_products factor_run gram plan trajectory",
     "estimate": "byte_sizes linearize logged logged_cost plan problem queries replay retrain score trajectory",
