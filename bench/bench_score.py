@@ -4,7 +4,9 @@
 
 All rivals are checked against one another before any is timed. extra_info of `engine` and `ours`: how many times faster than
 each rival (best times of this run, taken in turn), GFLOP/s by the formula 2F per step and 6F per column (first layer 2F), the
-share of the sgemm rate measured in the same run, peak memory of `ours` and of torch_func, and the gates.
+share of the sgemm rate measured in the same run, peak memory of `ours` and of torch_func, and the gates. Where the sweep goes
+by inner products of samples (784-1 and 784-8-1, `native_sweep.py`) it makes fewer products than the formula counts, and the
+share may pass 1.
 """
 
 import functools

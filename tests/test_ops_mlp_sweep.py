@@ -84,17 +84,19 @@ def test_op_by_inner_products_of_samples(settings, hessian):
         assert_close(results[::-1], 1e-11)
 
 
+@pytest.mark.parametrize("visiting", [False, True])
 @pytest.mark.parametrize("blas", [True, False])
-def test_op_shares_its_columns_among_threads(blas):
+def test_op_shares_its_columns_among_threads(blas, visiting):
     """Work enough for a parallel region; the sums' order may differ with the shapes of the products."""
     case = op_case((64, 64, 10), "tanh", "cross_entropy", SETTINGS["momentum"], K=7, n=3, sizes=[200, 150, 250])
+    visits = visits_of(case, [3, 3, 3, 2, 2], [0, 1, 2, 0, 1]) if visiting else None
     before, results = torch.get_num_threads(), []
     ops.use_blas(blas)
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             net, steps, blocks, momenta, scores = case[0], case[1], copies(case[2]), copies(case[3]), case[4].clone()
-            assert ops.MlpSweep(net, steps, blocks, momenta, scores, l2=0.1).run(0, 3) is None
+            assert ops.MlpSweep(net, steps, blocks, momenta, scores, visits, l2=0.1).run(0, 3) is None
             results.append([*blocks, *momenta, scores])
     finally:
         torch.set_num_threads(before)

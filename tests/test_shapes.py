@@ -12,7 +12,7 @@ from mlp_cases import ACTIVATIONS, LOSSES, make_case
 from torch import nn
 
 import dit_fast
-from dit_fast import queries
+from dit_fast import native_sweep, queries
 
 FLAVOURS = [nn.ReLU, nn.Tanh, nn.SiLU, nn.GELU, nn.ELU]
 
@@ -55,7 +55,7 @@ def schedule(draw: random.Random) -> tuple[list[torch.Tensor], list[torch.Tensor
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_every_backend_meets_the_reference(seed):
+def test_every_backend_meets_the_reference(seed, monkeypatch):
     draw = random.Random(seed)
     is_mlp = seed % 5 < 3
     case = feed_forward(draw, seed) if is_mlp else convolutional(draw, seed)
@@ -67,7 +67,10 @@ def test_every_backend_meets_the_reference(seed):
     options = {"hessian": draw.choice(("exact", "exact", "ggn", "none"))}
     truth = dit_fast.reference.score(run.trajectory(), run.problem(), query, windows, **options).scores
     size = truth.abs().amax()
-    for backend in ["auto", "layerwise", "generic", *(["native"] if is_mlp else [])]:
+    for backend in ["auto", "layerwise", "generic", *(["native", "by inner products"] if is_mlp else [])]:
+        if backend == "by inner products":
+            monkeypatch.setattr(native_sweep, "GRAM_SHARE", float("inf"))
+            backend = "native"
         result = dit_fast.score(run.trajectory(), run.problem(), query, windows, backend=backend, **options)
         assert (result.scores - truth).abs().amax() <= 1e-10 * size, (backend, result.meta)
     assert result.meta["backend"] == ("native" if is_mlp else "generic")
