@@ -174,6 +174,14 @@ dit_fast::MlpRetrain<Real> retrain_args(dit_fast::MlpSweep<Real> run, const std:
   return {run, pointer<const Index>(models[0]), pointer<const Index>(models[1]), pointer<const Index>(models[2])};
 }
 
+template <class Real>
+void mlp_retrain(dit_fast::MlpSweep<Real> run, const std::vector<Address>& d, const std::vector<Address>& m,
+                 const Models& models, const Table& gram, int threads) {
+  run.gram = pointer<const Real>(gram.first);
+  run.M = gram.second;
+  dit_fast::cpu::mlp_retrain(retrain_args(run, d, m, models), threads);
+}
+
 // The net of a call as teams take it: group size, largest batch and bytes of memory are the last three numbers.
 using TeamSizes = std::array<Index, 3>;
 
@@ -355,14 +363,12 @@ PYBIND11_MODULE(_C, m) {
       [](bool twice, const std::vector<LayerSpec>& layers, const Kinds& kinds, double scale, double l2,
          const std::array<Index, 3>& sizes, const Table& theta, const Table& x, Address targets,
          const std::array<Address, 5>& log, const std::vector<Address>& d, const std::vector<Address>& m,
-         const Models& models, int threads) {
+         const Models& models, const Table& gram, int threads) {
         if (twice)
-          return cpu::mlp_retrain(
-              retrain_args(mlp_args<double>(layers, kinds, scale, l2, sizes, theta, x, targets, log), d, m, models),
-              threads);
-        cpu::mlp_retrain(
-            retrain_args(mlp_args<float>(layers, kinds, scale, l2, sizes, theta, x, targets, log), d, m, models),
-            threads);
+          return mlp_retrain(mlp_args<double>(layers, kinds, scale, l2, sizes, theta, x, targets, log), d, m, models,
+                             gram, threads);
+        mlp_retrain(mlp_args<float>(layers, kinds, scale, l2, sizes, theta, x, targets, log), d, m, models, gram,
+                    threads);
       },
       Free());
   m.def(

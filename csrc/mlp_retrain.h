@@ -10,7 +10,8 @@
 //
 // run      net, loss, l2, log and data as in mlp_sweep.h; u holds d and m the difference of the momentum buffers, laid
 //          out as there: [K,O,I] of the first weight in memory [I,C,O], all else contiguous. Both are overwritten.
-//          curvature and scores are not used.
+//          curvature, scores and visits are not used. With gram, the samples' inner products, and l2 of 0 the first
+//          weight's block is [K,O,M] and holds A, d = A x, in place of d: a step adds combinations of samples to d.
 // joins    [K] rising: model j is left alone in the steps t < joins[j], where it cannot differ.
 // removed  the models removed_models[removed_offsets[i] … removed_offsets[i+1]) lack sample i, each named once.
 // Empty: K or n of 0 does nothing; a step without samples is the optimizer's own part.

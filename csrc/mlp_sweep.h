@@ -23,6 +23,7 @@
 // Python face dit_fast.ops.mlp_sweep, plain-torch twin dit_fast.ops_torch.mlp_sweep.
 #pragma once
 
+#include <cstddef>
 #include <vector>
 
 #include "activation.h"
@@ -86,6 +87,12 @@ struct MlpSweep {
 
   // Rows of the first weight's block [rows, C, O].
   Index first_rows() const { return gram ? M : layers.front().I; }
+
+  // Elements that a column has of a parameter.
+  Index parameter_size(std::size_t p) const {
+    const MlpLayer& layer = layers[p / 2];
+    return p % 2 ? layer.O : layer.O * (p == 0 ? first_rows() : layer.I);
+  }
 };
 
 namespace cpu {

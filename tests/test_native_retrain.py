@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dit_fast
-from dit_fast import ops, queries, reference
+from dit_fast import native, ops, queries, reference
 
 WINDOWS = [(0, 7), (2, 5), (0, 3)]
 NEVER_VISITED = 11  # by make_run
@@ -47,6 +47,19 @@ def test_every_depth_with_both_penalties(widths):
     assert_native(make_run(widths, "gelu", loss, options={"weight_decay": 0.02, "l2": 0.03}))
 
 
+@pytest.mark.parametrize("weight_decay", [0, 0.02])
+def test_more_inputs_than_samples(weight_decay, monkeypatch):
+    """The first layer is then retrained by the samples' inner products."""
+    made, inner = [], native.inner_products
+    monkeypatch.setattr(native, "GRAM_SHARE", float("inf"))  # it does not pay for so few steps
+    monkeypatch.setattr(native, "inner_products", lambda *a: made.append(inner(*a)) or made[-1])
+    for widths, loss in (((90, 4, 3), "cross_entropy"), ((90, 1), "bce_logits")):
+        assert_native(make_run(widths, "tanh", loss, options={"weight_decay": weight_decay}))
+        assert made.pop() is not None
+        assert_native(make_run(widths, "tanh", loss, options={"weight_decay": weight_decay, "l2": 0.03}))
+        assert made.pop() is None
+
+
 def test_no_bias_and_an_activation_behind_the_last_layer():
     assert_native(make_run((5, 4, 3), bias=False, options={"l2": 0.1}))
     assert_native(make_run((5, 4, 3), "sigmoid", "squared_error", last=True))
@@ -57,7 +70,11 @@ def test_no_bias_and_an_activation_behind_the_last_layer():
     [{"momentum": 0.9}, {"momentum": 0.9, "dampening": 0.4, "weight_decay": 0.05}, {"momentum": 0.7, "nesterov": True}],
     ids=["momentum", "dampened", "nesterov"],
 )
-def test_momentum(options):
+@pytest.mark.parametrize("by_inner_products", [False, True])
+def test_momentum(options, by_inner_products, monkeypatch):
+    l2 = 0.0 if by_inner_products else 0.03
+    if by_inner_products:
+        monkeypatch.setattr(native, "GRAM_SHARE", float("inf"))
     case = make_case((5, 4, 3))
     batches, coefficients, lr = schedule(len(case.x), 7)
     model, history = case.model(), []
@@ -66,12 +83,12 @@ def test_momentum(options):
         history.append({name: p.detach().clone() for name, p in model.named_parameters()})
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
-        penalty = 0.015 * sum(p.square().sum() for p in model.parameters())
+        penalty = 0.5 * l2 * sum(p.square().sum() for p in model.parameters())
         (a * (case.loss(model(case.x[ids]), case.y[ids]) + penalty)).sum().backward()
         optimizer.step()
     history.append({name: p.detach().clone() for name, p in model.named_parameters()})
     params = {name: torch.stack([row[name] for row in history]) for name in history[0]}
-    run = train(case, batches, coefficients, lr, l2=0.03)
+    run = train(case, batches, coefficients, lr, l2=l2)
     trajectory = run.trajectory(params=params, optimizer=dit_fast.SGD(**options))
     assert_native(run, trajectory=trajectory)
     plain = dit_fast.leave_one_out(run.trajectory(), run.problem(), loss(run), WINDOWS).scores

@@ -38,6 +38,31 @@ def test_matches_its_twin(settings, l2):
     assert_retrained(op_case((3, 8, 1), "tanh", "bce_logits", settings, K=11, seed=3), l2=l2)
 
 
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_by_inner_products_of_samples(settings):
+    """With gram the first block holds A, d = A x."""
+    for widths, K, dtype in (((4, 5, 3), 4, torch.float64), ((30, 1), 5, torch.float64), ((21, 8, 1), 11, torch.float32)):
+        loss = "cross_entropy" if widths[-1] > 1 else "bce_logits"
+        net, steps, blocks, momenta, _ = op_case(widths, "gelu", loss, settings, K=K, n=6, dtype=dtype)
+        results = []
+        for gram in (None, steps.x @ steps.x.T):
+            own, own_momenta = copies(blocks), copies(momenta)
+            for k, held in enumerate((own, own_momenta)):
+                g = torch.Generator().manual_seed(k)
+                held[0] = mlp.mlp_block(K, (widths[1], len(steps.x)), dtype, True)
+                held[0].copy_(0.1 * torch.randn(held[0].shape, generator=g, dtype=torch.float64))
+                if gram is None:
+                    held[0] = mlp.mlp_block(K, blocks[0].shape[1:], dtype, True).copy_(held[0] @ steps.x)
+            engine = ops.MlpRetrain(net, steps, models_of(K), own, own_momenta, gram=gram)
+            engine.run(0, 2)
+            engine.run(2, 6)
+            if gram is not None:
+                own[0], own_momenta[0] = own[0] @ steps.x, own_momenta[0] @ steps.x
+            results.append([*own, *own_momenta])
+        for ours, theirs in zip(*results, strict=True):
+            assert (ours - theirs).abs().max() <= (1e-11 if dtype == torch.float64 else 1e-4) * theirs.abs().max()
+
+
 def test_a_decay_that_leaves_nothing_of_the_difference():
     assert_retrained(op_case((4, 5, 3), "silu", "cross_entropy", setting(weight_decay=10.0)), l2=0.1)
 
@@ -96,12 +121,13 @@ def broken(change):
     arguments |= change(arguments)
     models = mlp.MlpModels(arguments["joins"], arguments["of_samples"], arguments["removed"])
     steps = mlp.MlpSteps(**{name: arguments[name] for name in steps.__dict__})
-    return ops.MlpRetrain(net, steps, models, arguments["blocks"], arguments["momenta"])
+    return ops.MlpRetrain(net, steps, models, arguments["blocks"], arguments["momenta"], gram=arguments.get("gram"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda a: {"gram": a["x"]}, r"blocks\[0\] must have shape"),
         (lambda a: {"x": a["x"].float()}, "x must be float64"),
         (lambda a: {"ids": a["ids"] + 3}, "ids must lie in 0..5"),
         (lambda a: {"joins": torch.tensor([2, 1, 0])}, "joins must rise"),

@@ -12,7 +12,7 @@ from mlp_cases import ACTIVATIONS, LOSSES, make_case
 from torch import nn
 
 import dit_fast
-from dit_fast import native_sweep, queries
+from dit_fast import native, queries
 
 FLAVOURS = [nn.ReLU, nn.Tanh, nn.SiLU, nn.GELU, nn.ELU]
 
@@ -69,7 +69,7 @@ def test_every_backend_meets_the_reference(seed, monkeypatch):
     size = truth.abs().amax()
     for backend in ["auto", "layerwise", "generic", *(["native", "by inner products"] if is_mlp else [])]:
         if backend == "by inner products":
-            monkeypatch.setattr(native_sweep, "GRAM_SHARE", float("inf"))
+            monkeypatch.setattr(native, "GRAM_SHARE", float("inf"))
             backend = "native"
         result = dit_fast.score(run.trajectory(), run.problem(), query, windows, backend=backend, **options)
         assert (result.scores - truth).abs().amax() <= 1e-10 * size, (backend, result.meta)

@@ -22,19 +22,12 @@ bool needs_cotangents(const MlpSweep<Real>& args) {
   return has_momentum(args.num_steps * 2 * static_cast<Index>(args.layers.size()), args.settings);
 }
 
-template <class Real>
-Index size_of(const MlpSweep<Real>& args, std::size_t parameter) {
-  const MlpLayer& layer = args.layers[parameter / 2];
-  if (parameter % 2) return layer.O;
-  return layer.O * (parameter == 0 ? args.first_rows() : layer.I);
-}
-
 }  // namespace
 
 template <class Real>
 Index Columns<Real>::size_of_column(const MlpSweep<Real>& args, Index max_batch) {
   Index total = 0, widest = args.layers.front().O, turned = 0;
-  for (std::size_t p = 0; needs_cotangents(args) && p < 2 * args.layers.size(); ++p) total += size_of(args, p);
+  for (std::size_t p = 0; needs_cotangents(args) && p < 2 * args.layers.size(); ++p) total += args.parameter_size(p);
   for (const MlpLayer& layer : args.layers) {
     total += (piecewise_linear(layer.activation) ? 1 : 2) * max_batch * layer.O;
     widest = std::max({widest, layer.O, layer.I * (&layer != &args.layers.front())});
@@ -59,7 +52,7 @@ Columns<Real>::Columns(const MlpSweep<Real>& args, Index max_batch, Index max_co
     h_.push_back(piecewise_linear(layer.activation) ? z_.back() : arena_.take(size));
   }
   for (std::size_t p = 0; p < 2 * args.layers.size(); ++p)
-    c_.push_back(cotangents ? arena_.take(max_columns * size_of(args, p)) : nullptr);
+    c_.push_back(cotangents ? arena_.take(max_columns * args.parameter_size(p)) : nullptr);
   d_ = arena_.take(max_batch * max_columns * widest);
   below_ = arena_.take(max_batch * max_columns * widest);
   scaled_ = arena_.take(max_batch * widest);
@@ -101,7 +94,7 @@ void Columns<Real>::visit(Index k, Index row, Change change) {
     Real* u = args_.u[p];
     if (!u) continue;
     const MlpLayer& layer = args_.layers[p / 2];
-    const Index O = layer.O, I = layer.I, size = size_of(args_, p);
+    const Index O = layer.O, I = layer.I, size = args_.parameter_size(p);
     const Real* from = gradient + (p % 2 ? layer.bias : layer.weight);
     if (p > 0) {
       for (Index e = 0; e < size; ++e) change(u[k * size + e], from[e]);
@@ -132,7 +125,7 @@ typename Columns<Real>::Direction Columns<Real>::direction(std::size_t parameter
                                                            double ridge) {
   if (!args_.u[parameter]) return {};
   const MlpLayer& layer = args_.layers[parameter / 2];
-  const Index size = size_of(args_, parameter);
+  const Index size = args_.parameter_size(parameter);
   // the first layer's weight is [I,C,O], everything else K columns one after the other
   const bool turned = parameter == 0;
   const Index rows = turned ? args_.first_rows() : 1, row = turned ? K_ * layer.O : K_ * size;
@@ -161,7 +154,7 @@ void Columns<Real>::start_dots(const Primal<Real>& primal) {
     double sum = std::accumulate(&sums_[k * O], &sums_[k * O] + O, 0.0) * static_cast<double>(directions_[0].scale);
     for (std::size_t p = 1; p < directions_.size(); ++p) {
       if (!directions_[p].u) continue;
-      const Index size = size_of(args_, p);
+      const Index size = args_.parameter_size(p);
       const Real* theta = p % 2 ? primal.layers[p / 2].bias : primal.layers[p / 2].weight;
       sum += static_cast<double>(directions_[p].scale) * inner(size, directions_[p].data + k * size, theta);
     }

@@ -24,9 +24,10 @@ Index widest_above_first(const std::vector<MlpLayer>& layers) {
   return widest;
 }
 
-Index largest_parameter(const std::vector<MlpLayer>& layers) {
+template <class Real>
+Index largest_parameter(const MlpSweep<Real>& run) {
   Index largest = 1;
-  for (const MlpLayer& layer : layers) largest = std::max(largest, layer.O * layer.I);
+  for (std::size_t p = 0; p < 2 * run.layers.size(); ++p) largest = std::max(largest, run.parameter_size(p));
   return largest;
 }
 
@@ -36,7 +37,7 @@ template <class Real>
 Index Models<Real>::size_of_model(const MlpRetrain<Real>& args, Index max_batch) {
   const auto& layers = args.run.layers;
   const Index widest = widest_above_first(layers);
-  Index total = 2 * max_batch * widest + largest_parameter(layers) + widest;
+  Index total = 2 * max_batch * widest + largest_parameter(args.run) + widest;
   for (const MlpLayer& layer : layers)
     total += 2 * max_batch * layer.O + (&layer == &layers.front() ? 0 : layer.O * layer.I);
   return total;
@@ -58,7 +59,7 @@ Models<Real>::Models(const MlpRetrain<Real>& args, Index max_batch, Index max_mo
   }
   d_ = arena_.take(max_batch * max_models * widest);
   below_ = arena_.take(max_batch * max_models * widest);
-  gradient_ = arena_.take(max_models * largest_parameter(layers));
+  gradient_ = arena_.take(max_models * largest_parameter(run_));
   first_z_ = arena_.take(max_batch * layers.front().O);
   scaled_ = arena_.take(max_batch * layers.front().I);
   row_ = arena_.take(max_models * widest);
@@ -68,9 +69,12 @@ template <class Real>
 void Models<Real>::share(const Primal<Real>& primal, bool gradients, int threads) {
   const Index O = run_.layers[0].O, I = run_.layers[0].I, B = primal.B;
   const auto& bottom = primal.layers[0];
+  const Real beta = bottom.bias ? 1 : 0;
   if (bottom.bias) copy_rows(B, O, bottom.bias, first_z_);
-  product<Real>(Op::none, Op::transpose, B, O, I, bottom.input, I, bottom.weight, I, bottom.bias ? 1 : 0, first_z_, O,
-                threads);
+  if (run_.gram)
+    row_products(B, O, I, run_.x, run_.x_stride, primal.rows, bottom.weight, I, beta, first_z_);
+  else
+    product<Real>(Op::none, Op::transpose, B, O, I, bottom.input, I, bottom.weight, I, beta, first_z_, O, threads);
   for (std::size_t l = 1; gradients && l < shared_.size(); ++l) {
     const MlpLayer& layer = run_.layers[l];
     product<Real>(Op::transpose, Op::none, layer.O, layer.I, B, primal.layers[l].delta, layer.O, primal.layers[l].input,
@@ -133,12 +137,12 @@ Index Models<Real>::label(Index t, Index b) const {
   return run_.classes ? run_.classes[run_.rows[run_.offsets[t] + b]] : 0;
 }
 
-// h¹ = φ(z¹ + x dᵀ + d), one product for all models
+// h¹ = φ(z¹ + x dᵀ + d), one product for all models; with gram x dᵀ = (x xᵀ) Aᵀ
 template <class Real>
 void Models<Real>::forward_first(const Primal<Real>& primal, int threads) {
-  const auto& [O, I, weight_at, bias_at, activation, slope] = run_.layers[0];
+  const auto& [O, inputs, weight_at, bias_at, activation, slope] = run_.layers[0];
   const Real* bias_change = run_.u[1] ? run_.u[1] + k0_ * O : nullptr;
-  const Index row = K_ * O;
+  const Index row = K_ * O, I = run_.first_rows();
   product<Real>(Op::none, Op::none, primal.B, row, I, primal.layers[0].input, I, run_.u[0] + k0_ * O, run_.C * O, 0,
                 h_[0], row, threads);
   // sample by sample, whose rows stay in the first-level cache
@@ -229,9 +233,29 @@ void Models<Real>::pull_back(const Primal<Real>& primal, std::size_t l, int thre
   }
 }
 
+// With gram: A = keep A − η δ in the batch's rows.
+template <class Real>
+void Models<Real>::update_combinations(const Primal<Real>& primal, const Setting& setting) {
+  const Part at = part(0);
+  const bool momentum = setting.momentum != 0;
+  if (momentum) std::fill_n(gradient_, at.rows * at.row, Real(0));
+  const Real keep = static_cast<Real>(1 - setting.lr * setting.weight_decay);
+  for (Index m = 0; !momentum && keep != 1 && m < at.rows; ++m)
+    scale_to(at.row, keep, at.d + m * at.stride, at.d + m * at.stride);
+  for (Index b = 0; b < primal.B; ++b) {
+    const Real* delta = d_ + b * at.row;
+    if (momentum)
+      add_scaled<Real>(at.row, 1, delta, gradient_ + primal.rows[b] * at.row);
+    else
+      add_scaled(at.row, static_cast<Real>(-setting.lr), delta, at.d + primal.rows[b] * at.stride);
+  }
+  if (momentum) apply_rule(primal, 0, setting);
+}
+
 // d_ holds δ¹ less the logged model's: d = keep d − η xᵀ δ, one product for all models
 template <class Real>
 void Models<Real>::update_first(const Primal<Real>& primal, const Setting& setting, int threads) {
+  if (run_.gram) return update_combinations(primal, setting);
   const Index O = run_.layers[0].O, I = run_.layers[0].I, B = primal.B;
   const double keep = 1 - setting.lr * (setting.weight_decay + run_.l2 * primal.coefficient_sum);
   if (setting.momentum != 0 || std::abs(keep) < smallest_keep) {
@@ -284,8 +308,8 @@ template <class Real>
 typename Models<Real>::Part Models<Real>::part(std::size_t parameter) const {
   const MlpLayer& layer = run_.layers[parameter / 2];
   const bool first = parameter == 0;
-  const Index size = parameter % 2 ? layer.O : layer.O * layer.I, offset = k0_ * (first ? layer.O : size);
-  const Index rows = first ? layer.I : 1, row = K_ * (first ? layer.O : size);
+  const Index size = run_.parameter_size(parameter), offset = k0_ * (first ? layer.O : size);
+  const Index rows = first ? run_.first_rows() : 1, row = K_ * (first ? layer.O : size);
   return {run_.u[parameter] + offset, run_.m[parameter] ? run_.m[parameter] + offset : nullptr, rows, row,
           first ? run_.C * layer.O : row};
 }

@@ -45,6 +45,7 @@ class Models {
   void remove_samples(const Primal<Real>& primal, Index t);
   void pull_back(const Primal<Real>& primal, std::size_t l, int threads);
   void update_first(const Primal<Real>& primal, const Setting& setting, int threads);
+  void update_combinations(const Primal<Real>& primal, const Setting& setting);
   void update_weight(const Primal<Real>& primal, std::size_t l, const Setting& setting, int threads);
   void update_bias(const Primal<Real>& primal, std::size_t l, const Setting& setting);
   Part part(std::size_t parameter) const;

@@ -124,13 +124,9 @@ def check_sweep(
     l2: float = 0.0,
 ) -> None:
     """What `ops.MlpSweep` refuses: TypeError or ValueError that names the argument."""
-    (K, N), M = scores.shape, len(steps.x)
+    K, N = scores.shape
     _check_tensors(steps.theta.device, ("scores", scores, torch.float64, (K, N)))
-    _check_steps(net, steps, blocks, momenta, K, N, first_inputs=None if gram is None else M)
-    if gram is not None:
-        _check_tensors(steps.theta.device, ("gram", gram, steps.theta.dtype, (M, M)))
-        if l2:
-            raise ValueError("gram cannot be used with l2, which needs the columns themselves")
+    _check_steps(net, steps, blocks, momenta, K, N, gram, l2)
     if visits is not None:
         _check_visits(steps, visits, K)
 
@@ -149,7 +145,13 @@ def _check_visits(steps: MlpSteps, visits: MlpVisits, most: int) -> None:
 
 
 def check_retrain(
-    net: Mlp, steps: MlpSteps, models: MlpModels, blocks: Sequence[Tensor | None], momenta: Sequence[Tensor | None] | None
+    net: Mlp,
+    steps: MlpSteps,
+    models: MlpModels,
+    blocks: Sequence[Tensor | None],
+    momenta: Sequence[Tensor | None] | None,
+    gram: Tensor | None = None,
+    l2: float = 0.0,
 ) -> None:
     """The same for `ops.MlpRetrain`."""
     K, N, R = len(models.joins), len(models.offsets) - 1, len(models.removed)
@@ -164,7 +166,7 @@ def check_retrain(
         raise ValueError(f"models.offsets must rise from 0 to the number of removed, {R}")
     if bool((models.joins.diff() < 0).any()):
         raise ValueError("joins must rise: models are sorted by their first step")
-    _check_steps(net, steps, blocks, momenta, K, N)
+    _check_steps(net, steps, blocks, momenta, K, N, gram, l2)
 
 
 def check_loss_changes(
@@ -186,9 +188,11 @@ def _check_steps(
     momenta: Sequence[Tensor | None] | None,
     K: int,
     N: int,
-    first_inputs: int | None = None,
+    gram: Tensor | None = None,
+    l2: float = 0.0,
 ) -> None:
-    n, B = len(steps.theta), len(steps.rows)
+    n, B, M = len(steps.theta), len(steps.rows), len(steps.x)
+    first_inputs = None if gram is None else M
     check_data(net, steps.theta, steps.x, steps.targets, steps.coefficients, steps.rows)
     _check_tensors(
         steps.theta.device,
@@ -198,6 +202,10 @@ def _check_steps(
         *_blocks(net, "blocks", blocks, K, steps.theta.dtype, first_inputs),
         *(_blocks(net, "momenta", momenta, K, steps.theta.dtype, first_inputs) if momenta is not None else ()),
     )
+    if gram is not None:
+        _check_tensors(steps.theta.device, ("gram", gram, steps.theta.dtype, (M, M)))
+        if l2:
+            raise ValueError("gram cannot be used with l2, whose part of the gradient is no combination of samples")
     _check_range("ids", steps.ids, N)
     if int(steps.offsets[0]) != 0 or int(steps.offsets[-1]) != B or bool((steps.offsets.diff() < 0).any()):
         raise ValueError(f"offsets must rise from 0 to the number of rows, {B}")

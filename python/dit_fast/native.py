@@ -26,6 +26,11 @@ AGREEMENT = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 # a call does about this much work (0.05 s at 20 GFLOP/s), so that Ctrl-C and progress do not wait longer
 CALL_FLOPS = 1e9
+# samples whose inner products are kept at most, and the share of the products that they must leave: between 0.75 and 0.8
+# they cost what they save, over a dozen shapes on one Zen 4 core
+MOST_GRAM_ROWS, GRAM_SHARE = 4096, 0.7
+# rows of them are made at a time, and what is symmetric is copied
+GRAM_BLOCK = 64
 # numbers of the log and of the data that are copied at a time where they cannot be used in place
 SLICE_NUMBERS = 1 << 24
 
@@ -160,6 +165,38 @@ def make_blocks(ev: Evaluator, native: Native, num_columns: int) -> Params:
     """A zero block [K, *shape] for each parameter."""
     first = native.recognized.parameters[0]
     return {name: mlp.mlp_block(num_columns, s, ev.dtype, name == first, ev.device) for name, s in ev.shapes.items()}
+
+
+def blocks(ev: Evaluator, native: Native, num_columns: int, gram: Tensor | None) -> list[Tensor | None]:
+    """The same in the order of the layers, None for no parameter; with gram the first weight's is by samples, not inputs."""
+    made: list[Tensor | None] = []
+    for i, name in enumerate(native.recognized.parameters):
+        shape = None if name is None else ev.shapes[name]
+        if i == 0 and gram is not None and shape is not None:
+            shape = torch.Size((shape[0], len(gram)))
+        made.append(None if shape is None else mlp.mlp_block(num_columns, shape, ev.dtype, i == 0, ev.device))
+    return made
+
+
+def inner_products(ev: Evaluator, native: Native, steps: int, visits: int) -> Tensor | None:
+    """x xᵀ [M, M] of the samples where the first layer is cheaper in terms of them (`ops.MlpSweep`, `ops.MlpRetrain`).
+
+    steps: of all columns or models together; visits: how often one is made of the inputs, or read as such. A step costs 2·B·I·O
+    products of the first layer, or M·B·O; to begin with ½·M²·I, and M·I·O for each visit.
+    """
+    if native.engine != "cpu" or native.data is None or ev.l2:
+        return None
+    x = native.data[0]
+    (M, I), O, batch = x.shape, native.recognized.net.layers[0].outputs, len(ev.trajectory.batch_ids(0))
+    products = M * M * I / 2 + visits * M * I * O + steps * M * batch * O
+    if M > MOST_GRAM_ROWS or products > GRAM_SHARE * 2 * steps * batch * I * O:
+        return None
+    gram = x.new_empty(M, M)
+    for start in range(0, M, GRAM_BLOCK):
+        rows = slice(start, start + GRAM_BLOCK)
+        torch.mm(x[rows], x[: rows.stop].T, out=gram[rows, : rows.stop])
+        gram[:start, rows] = gram[rows, :start].T
+    return gram
 
 
 def flops_per_column(ev: Evaluator, native: Native) -> float:

@@ -42,13 +42,9 @@ def advance(
     removed: the samples each model lacks; first: the step it differs in first, rising.
     Raises NotCompiled where something on the way is not as the first batch showed it.
     """
-    blocks = native.make_blocks(ev, compiled, len(removed))
-    momenta = None
-    if compiled.momentum:
-        momenta = native.make_blocks(ev, compiled, len(removed))
-    names = compiled.recognized.parameters
-    own, own_momenta = (None if b is None else [None if n is None else b[n] for n in names] for b in (blocks, momenta))
-    assert own is not None
+    gram = native.inner_products(ev, compiled, sum(ends[-1] - t for t in first), len(ends) * len(removed))
+    own = native.blocks(ev, compiled, len(removed), gram)
+    momenta = native.blocks(ev, compiled, len(removed), gram) if compiled.momentum else None
     models = mlp.mlp_models([0] * len(removed), removed, ev.num_samples)
     joins = torch.tensor(first)
     # forward, backward and the weights' gradient: half of what a column of the sweep takes
@@ -62,12 +58,23 @@ def advance(
                 loaded = range(t, min(ends[-1], t + native.steps_per_slice(ev, compiled, t)))
                 steps = native.load_steps(ev, compiled, loaded)
                 own_models = mlp.MlpModels(joins - t, models.offsets, models.removed)
-                engine = _engine(ev, compiled, steps, own_models, own, own_momenta)
+                engine = _engine(ev, compiled, steps, own_models, own, momenta, gram)
             stop = min(end, loaded.stop, t + steps_per_call)
             engine.run(t - loaded.start, stop - loaded.start)
             progress(stop - t)
             t = stop
-        yield end, blocks
+        yield end, _differences(ev, compiled, own, gram)
+
+
+def _differences(ev: Evaluator, compiled: Native, own: Sequence[Tensor | None], gram: Tensor | None) -> Params:
+    """d by the parameters' names; with gram the first weight's is put together from the samples."""
+    named = {name: block for name, block in zip(compiled.recognized.parameters, own, strict=True) if name and block is not None}
+    if gram is not None:
+        assert compiled.data is not None and compiled.recognized.parameters[0] is not None and own[0] is not None
+        combinations = own[0].permute(2, 0, 1)  # [M, n, O], as it lies in memory
+        made = compiled.data[0].T @ combinations.flatten(1)
+        named[compiled.recognized.parameters[0]] = made.unflatten(1, combinations.shape[1:]).permute(1, 2, 0)
+    return {name: named[name] for name in ev.shapes}
 
 
 def _engine(
@@ -77,10 +84,11 @@ def _engine(
     models: mlp.MlpModels,
     blocks: Sequence[Tensor | None],
     momenta: Sequence[Tensor | None] | None,
+    gram: Tensor | None,
 ) -> ops.MlpRetrain | mlp_team.TeamRetrain:
     net = compiled.recognized.net
     if compiled.engine == "cpu":
-        return ops.MlpRetrain(net, steps, models, blocks, momenta, l2=ev.l2)
+        return ops.MlpRetrain(net, steps, models, blocks, momenta, gram=gram, l2=ev.l2)
     team = compiled.team(ev, len(models.joins), retrain=True)
     return mlp_team.TeamRetrain(net, steps, mlp.on_device(models, ev.device), blocks, momenta, team, l2=ev.l2)
 
@@ -147,7 +155,7 @@ def _compare(ev: Evaluator, compiled: Native, params: Params, batch: Batch, grad
     places = [torch.isin(batch.ids, ids).nonzero().flatten() for ids in removed]
     models = mlp.mlp_models([0, 0], places, len(batch.ids))
     own = [None if name is None else blocks[name] for name in names]
-    _engine(ev, compiled, steps, models, own, None).run(0, 1)
+    _engine(ev, compiled, steps, models, own, None, None).run(0, 1)
     largest = max(float(value.abs().max()) for value in theirs.values())
     rounding = 4 * torch.finfo(ev.dtype).eps / AGREEMENT[ev.dtype]
     for name, value in theirs.items():

@@ -16,11 +16,6 @@ from dit_fast.sweep import QueryGradients
 
 # numbers of float32 in a vector register: rows of the first layer's block begin on cache lines
 LINE = 16
-# samples whose inner products are kept at most, and the share of the products that they must leave: between 0.75 and 0.8
-# they cost what they save, over a dozen shapes on one Zen 4 core
-MOST_GRAM_ROWS, GRAM_SHARE = 4096, 0.7
-# rows of them are made at a time, and what is symmetric is copied
-GRAM_BLOCK = 64
 
 
 def sweep(
@@ -39,11 +34,14 @@ def sweep(
     """
     K, last, net = len(columns), columns[0].stop, compiled.recognized.net
     visits = _visits(ev, columns, query_gradients)
-    gram = _gram(ev, compiled, hessian, columns)
+    gram = None
+    if hessian != "none":  # first order costs half
+        visited = K + sum(column.start is not None for column in columns)
+        gram = native.inner_products(ev, compiled, sum(column.stop for column in columns), visited)
     capacity = -(-K // LINE) * LINE if LINE % net.layers[0].outputs == 0 else K
     scores = torch.zeros(capacity, num_samples, dtype=torch.float64, device=ev.device)
-    blocks = _blocks(ev, compiled, capacity, gram)
-    momenta = _blocks(ev, compiled, capacity, gram) if compiled.momentum else None
+    blocks = native.blocks(ev, compiled, capacity, gram)
+    momenta = native.blocks(ev, compiled, capacity, gram) if compiled.momentum else None
     flops = native.flops_per_column(ev, compiled) * sum(column.stop for column in columns) / last
     t = last
     while t > 0:
@@ -79,40 +77,6 @@ def _visits(ev: Evaluator, columns: Sequence[Column], query_gradients: QueryGrad
         torch.tensor([place[column.start] + column.query if column.start else 0 for column in columns]),
         torch.cat([torch.cat([gradients[name] for gradients in taken]).flatten(1) for name in ev.shapes], 1),
     )
-
-
-def _gram(ev: Evaluator, compiled: Native, hessian: Hessian, columns: Sequence[Column]) -> Tensor | None:
-    """The samples' inner products where the first layer is cheaper in terms of them (`ops.MlpSweep`), by counted products.
-
-    A step of a column costs 2·B·I·O of the first layer, or M·B·O; to begin with ½·M²·I, and M·I·O for each column that joins
-    or leaves.
-    """
-    if compiled.engine != "cpu" or compiled.data is None or ev.l2 or hessian == "none":
-        return None
-    x = compiled.data[0]
-    (M, I), O = x.shape, compiled.recognized.net.layers[0].outputs
-    batch, steps = len(ev.trajectory.batch_ids(0)), sum(column.stop for column in columns)
-    ends = len(columns) + sum(column.start is not None for column in columns)
-    products = M * M * I / 2 + ends * M * I * O + steps * M * batch * O
-    if M > MOST_GRAM_ROWS or products > GRAM_SHARE * 2 * steps * batch * I * O:
-        return None
-    gram = x.new_empty(M, M)
-    for start in range(0, M, GRAM_BLOCK):
-        rows = slice(start, start + GRAM_BLOCK)
-        torch.mm(x[rows], x[: rows.stop].T, out=gram[rows, : rows.stop])
-        gram[:start, rows] = gram[rows, :start].T
-    return gram
-
-
-def _blocks(ev: Evaluator, compiled: Native, num_columns: int, gram: Tensor | None) -> list[Tensor | None]:
-    """A zero block per parameter in the order of the layers; with gram the first is of products with the samples."""
-    blocks: list[Tensor | None] = []
-    for i, name in enumerate(compiled.recognized.parameters):
-        shape = None if name is None else ev.shapes[name]
-        if i == 0 and gram is not None and shape is not None:
-            shape = torch.Size((shape[0], len(gram)))
-        blocks.append(None if shape is None else mlp.mlp_block(num_columns, shape, ev.dtype, i == 0, ev.device))
-    return blocks
 
 
 def _engine(

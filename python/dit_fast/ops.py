@@ -281,6 +281,9 @@ class MlpRetrain:
         models: the K models' removed samples, and when each joins.
         blocks: d, as the blocks of `MlpSweep`, K = C models; updated in place.
         momenta: the differences of the momentum buffers; None where no step has momentum.
+        gram: the samples' inner products x xᵀ [M, M]. The first weight's block is then [K, O, M] and holds A, d = A x, in
+            place of d, and so do the momenta: all that a step adds to d are combinations of samples. Faster where M < 2 I; not
+            with l2.
 
     Raises:
         TypeError, ValueError: as `MlpSweep`.
@@ -294,11 +297,13 @@ class MlpRetrain:
         blocks: Sequence[Tensor | None],
         momenta: Sequence[Tensor | None] | None,
         *,
+        gram: Tensor | None = None,
         l2: float = 0.0,
     ) -> None:
-        check_retrain(net, steps, models, blocks, momenta)
+        check_retrain(net, steps, models, blocks, momenta, gram, l2)
         _check_on_cpu(steps)
-        self._steps, self._models, self._kept = steps, models, (blocks, momenta)
+        self._steps, self._models, self._kept = steps, models, (blocks, momenta, gram)
+        self._gram = (0, 0) if gram is None else (gram.data_ptr(), len(gram))
         self._twice = steps.theta.dtype == torch.float64
         self._model = (*mlp_specs(net, "none"), net.loss_scale, l2)
         self._blocks, self._momenta = addresses(blocks), addresses(momenta or ())
@@ -317,6 +322,7 @@ class MlpRetrain:
             self._blocks,
             self._momenta,
             [joins.data_ptr(), models.offsets.data_ptr(), models.removed.data_ptr()],
+            self._gram,
             torch.get_num_threads(),
         )
 
