@@ -2,7 +2,8 @@
 
     pytest bench/bench_retrain.py --benchmark-only
 
-Two nets on its 84 batches: logistic regression as logged there, and 62-8-1 with ReLU. Rivals of leave_one_out(check=False),
+Three nets on its 84 batches: logistic regression as logged there, 62-8-1 with ReLU, and 784-8-1 on random numbers without l2,
+which is retrained by inner products of samples. Rivals of leave_one_out(check=False),
 each from end to end:
 
     plain       a loop over the samples, timed on NUM_PLAIN of the 256 and scaled
@@ -25,14 +26,14 @@ import dit_fast
 
 DATA = Path(__file__).parents[1] / "tests" / "data" / "adult_logreg.npz"
 NUM_PLAIN = 8
-# by hidden units: times each rival
-REQUIRED = {0: {"plain": 50, "vmapped": 6}, 8: {"plain": 50, "vmapped": 6}}
+# by the net's widths: times each rival
+REQUIRED = {(62, 1): {"plain": 50, "vmapped": 6}, (62, 8, 1): {"plain": 50, "vmapped": 6}, (784, 8, 1): {"vmapped": 6}}
 
 
 class Adult:
     """The logged run, and the loop that repeats it without one sample."""
 
-    def __init__(self, num_steps: int | None, hidden: int = 0) -> None:
+    def __init__(self, num_steps: int | None, widths: tuple[int, ...] = (62, 1)) -> None:
         with np.load(DATA) as file:
             arrays = {key: file[key] for key in file.files}
         self.x, self.y, self.x_val, self.y_val = (
@@ -40,9 +41,11 @@ class Adult:
         )
         self.batches = [torch.from_numpy(ids) for ids in arrays["batch_ids"][:num_steps]]
         self.lr, self.l2 = arrays["lr"][:num_steps].tolist(), float(arrays["alpha"])
-        self.hidden = hidden
-        if hidden:
+        self.widths = widths
+        if widths != (62, 1):
             torch.manual_seed(0)
+            if widths[0] != 62:
+                self.l2, self.x, self.x_val = 0.0, torch.randn(256, widths[0]), torch.randn(len(self.x_val), widths[0])
             self.start = {name: value.clone() for name, value in self.model().state_dict().items()}
             rows: list[dict[str, Tensor]] = []
             self.plain_loss(None, history=rows)
@@ -57,9 +60,10 @@ class Adult:
         self.query = dit_fast.queries.loss(self.x_val, self.y_val)
 
     def model(self) -> nn.Module:
-        if not self.hidden:
-            return nn.Linear(62, 1)
-        return nn.Sequential(nn.Linear(62, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 1))
+        if len(self.widths) == 2:
+            return nn.Linear(*self.widths)
+        inputs, hidden, outputs = self.widths
+        return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
     def all_at_once(
         self, sample_ids: list[int] | None = None, dtype: torch.dtype | None = None, backend: str = "auto"
@@ -135,9 +139,9 @@ def bce(output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.binary_cross_entropy_with_logits(output.squeeze(1), target, reduction="none")
 
 
-@pytest.mark.parametrize("hidden", [0, 8], ids=["62-1", "62-8-1"])
-def bench_leave_one_out_of_adult(benchmark, hidden):
-    adult = Adult(num_steps=4 if benchmark.disabled else None, hidden=hidden)
+@pytest.mark.parametrize("widths", REQUIRED, ids=["-".join(map(str, widths)) for widths in REQUIRED])
+def bench_leave_one_out_of_adult(benchmark, widths):
+    adult, hidden = Adult(4 if benchmark.disabled else None, widths), len(widths) > 2
     chosen = torch.cat(adult.batches).unique()[:: 256 // NUM_PLAIN][:NUM_PLAIN].tolist()
     exact, rival = adult.all_at_once(dtype=torch.float64), adult.vmapped(torch.float64)
     size = rival.abs().max()
@@ -170,7 +174,7 @@ def bench_leave_one_out_of_adult(benchmark, hidden):
     benchmark.extra_info.update(
         {f"times_{name}": round(ratio, 1) for name, ratio in ratios.items()}
         | {f"{name}_seconds": round(value, 4) for name, value in seconds.items()}
-        | {"required": REQUIRED[hidden]}
+        | {"required": REQUIRED[widths]}
     )
-    for name, ratio in REQUIRED[hidden].items():
+    for name, ratio in REQUIRED[widths].items():
         assert ratios[name] >= ratio, (name, ratios)
