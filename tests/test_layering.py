@@ -27,6 +27,7 @@ ALLOWED = {
     "lowrank": "",
     "ops": "_C lowrank mlp",
     "pooling": "ops",
+    "dual_rows": "mlp ops",
     "ops_torch": "lowrank mlp pooling",
     "mlp_team": "mlp ops",
     "mlp_gemm": "mlp ops",
@@ -90,8 +91,8 @@ ALLOWED = {
         "replay result sweep trajectory"
     ),
     "native_retrain": "mlp mlp_team native ops problem queries recognize",
-    "duals": "ops_torch pooling",
-    "layers": "duals pooling problem recognize",
+    "duals": "dual_rows ops_torch pooling",
+    "layers": "dual_rows duals pooling problem recognize",
     "layerwise": "data duals layers linearize problem recognize sweep",
     "retrain": "byte_sizes data guard native native_retrain plan problem progress queries recognize replay result trajectory",
     "score": (
@@ -143,7 +144,7 @@ LAZY = {
 # the slow truth shares no code with what it judges
 NOT_IN_REFERENCE = (
     "ops optimizers score estimate sweep linearize layerwise native native_retrain recognize plan factors replay "
-    "retrain duals layers pooling native_team mlp_team mlp_gemm"
+    "retrain dual_rows duals layers pooling native_team mlp_team mlp_gemm"
 )
 
 
