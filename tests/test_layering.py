@@ -91,9 +91,10 @@ ALLOWED = {
         "replay result sweep trajectory"
     ),
     "native_retrain": "mlp mlp_team native ops problem queries recognize",
+    "known_loss": "dual_rows ops_torch",
     "duals": "dual_rows ops_torch pooling",
     "layers": "dual_rows duals pooling problem recognize",
-    "layerwise": "data duals layers linearize problem recognize sweep",
+    "layerwise": "data duals known_loss layers linearize problem recognize sweep",
     "retrain": "byte_sizes data guard native native_retrain plan problem progress queries recognize replay result trajectory",
     "score": (
         "factors fisher guard layerwise linearize logged native native_team plan problem progress queries recognize replay "
@@ -144,7 +145,7 @@ LAZY = {
 # the slow truth shares no code with what it judges
 NOT_IN_REFERENCE = (
     "ops optimizers score estimate sweep linearize layerwise native native_retrain recognize plan factors replay "
-    "retrain dual_rows duals layers pooling native_team mlp_team mlp_gemm"
+    "retrain dual_rows duals known_loss layers pooling native_team mlp_team mlp_gemm"
 )
 
 

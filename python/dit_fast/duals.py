@@ -178,37 +178,6 @@ class Linear(Dual):
         return [dx], [product, None if bias is None else delta.sum((0, 2))]
 
 
-class KnownLoss:
-    """The curvature of one of the losses in csrc/loss.h at the outputs of some samples."""
-
-    def __init__(self, loss: str, scale: float, probabilities: Maybe) -> None:
-        self.loss, self.scale, self.probabilities = loss, scale, probabilities
-
-    @classmethod
-    def at(cls, known: tuple[str, float], output: Tensor, target: Any, slope: Tensor) -> "KnownLoss | None":
-        """None where the loss's gradient by the output, `slope`, is not what it must be of these targets."""
-        (loss, scale), z = known, output.detach()
-        if not isinstance(target, Tensor) or target.numel() != (len(z) if loss == "cross_entropy" else z.numel()):
-            return None
-        if loss == "cross_entropy":
-            # a class outside 0 … O − 1, which the loss may leave out, is found nowhere
-            p, own = z.softmax(1), target.view(-1, 1) == torch.arange(z.shape[1], device=z.device)
-        else:
-            p, own = (
-                z.sigmoid() if loss == "bce_logits" else 2 * z,
-                target.reshape(z.shape) * (1 if loss == "bce_logits" else 2),
-            )
-        error = (scale * (p - own.to(z.dtype)) - slope).abs().max()
-        if not bool(error <= 64 * torch.finfo(z.dtype).eps * max(abs(scale), float(slope.abs().max()))):
-            return None
-        return cls(loss, scale, None if loss == "squared_error" else p.flatten(1))
-
-    def curved(self, tangent: Tensor, coefficients: Tensor) -> Tensor:
-        """a_b ∇²ℓ_b ż_b [B, K, ...]; coefficients: a [B]."""
-        curved = _dual_rows(tangent).loss_columns(self.loss, self.scale, self.probabilities, coefficients, tangent.flatten(2))
-        return curved.view_as(tangent)
-
-
 class Activation(Dual):
     """y = f(x), elementwise; f′ and f″ once for all columns, compiled where `name` says which f it is, else by autograd."""
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dit_fast.data import leaves, map_tensors
-from dit_fast.duals import Dual, KnownLoss, Maybe
+from dit_fast.duals import Dual, Maybe
+from dit_fast.known_loss import KnownLoss
 from dit_fast.layers import Net, Node, read
 from dit_fast.linearize import Hessian, Linearized, linearize, with_l2
 from dit_fast.problem import Batch, Evaluator, Params
@@ -139,14 +140,7 @@ class _Chunk:
         with torch.enable_grad():
             self.output = self.duals[-1].y.detach().requires_grad_()
             total = ev.losses_of(self.output, target, rows.stop - rows.start).sum()
-            # ∂ℓ_b/∂z_b: a sample's loss depends on its own output alone
-            if net.loss is not None or hessian == "none":
-                (self.slope,) = torch.autograd.grad(total, self.output, retain_graph=True)
-            self.loss = (
-                None if net.loss is None or hessian == "none" else KnownLoss.at(net.loss, self.output, target, self.slope)
-            )
-            if self.loss is None and hessian != "none":
-                (self.slope,) = torch.autograd.grad(total, self.output, create_graph=True)
+            self.slope, self.loss = _slope(total, self.output, target, net.loss, hessian)
 
     def backward(self, gradient: Params | None) -> None:
         """δ of every operation, for the weighted batch loss; the gradient of that is added to `gradient`."""
@@ -235,6 +229,20 @@ def _weighted(value: Tensor, coefficients: Tensor) -> Tensor:
 
 def _tensors(ev: Evaluator, net: Net, params: Params) -> Tensors:
     return ev.call(params, lambda model: [[getattr(m, attribute) for m, attribute in n.sources] for n in net.nodes])
+
+
+def _slope(
+    total: Tensor, output: Tensor, target: Any, known: tuple[str, float] | None, hessian: Hessian
+) -> tuple[Tensor, KnownLoss | None]:
+    """∂ℓ_b/∂z_b (a sample's loss depends on its own output alone) and the curvature; without that autograd has it."""
+    if hessian == "none":
+        return torch.autograd.grad(total, output)[0], None
+    if known is not None:
+        (slope,) = torch.autograd.grad(total, output, retain_graph=True)
+        loss = KnownLoss.at(known, output, target, slope)
+        if loss is not None:
+            return slope, loss
+    return torch.autograd.grad(total, output, create_graph=True)[0], None
 
 
 def _find_loss(ev: Evaluator, net: Net, params: Params, batch: Batch) -> tuple[str, float] | None:
