@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dit_fast
-from dit_fast import layerwise, queries
+from dit_fast import dual_rows, layerwise, pooling, queries
 from dit_fast.linearize import linearize
 from dit_fast.problem import Evaluator
 
@@ -275,6 +275,15 @@ def test_only_cotangents_that_nothing_else_holds_are_overwritten(name):
         net = layerwise.prepare(ev, "exact")
     activations = [owned for node, owned in zip(net.nodes, net.owned, strict=True) if node.activation]
     assert activations == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("name", ["residual", "functional", "relu and pool"])
+def test_the_twins_serve_devices_without_compiled_operations(name, monkeypatch):
+    for module in (dual_rows, pooling):
+        monkeypatch.setattr(module, "is_compiled", lambda device: False)
+        for op in ("activation_values", "activation_columns", "loss_columns", "max_pool", "pool_tangent", "pool_transposed"):
+            monkeypatch.setattr(module, op, None, raising=False)
+    assert error_of(*both(evaluator(case_of(NETS[name])))) < 1e-10
 
 
 def test_float32():

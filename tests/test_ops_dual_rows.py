@@ -82,7 +82,10 @@ def test_nan_stays_nan_and_nothing_else_becomes_it():
             assert found.isnan().tolist() == [False, True, False]
     gate, value = torch.tensor([[1.0, torch.nan, -1.0]]), torch.tensor([[[2.0, 3.0, torch.nan]]])
     assert activation_columns(gate, value)[0, 0].isnan().tolist() == [False, True, True]
-    # where x is NaN the slope is that of the left side
+    # where x is NaN or 0 the slope is that of the left side
+    zeros = torch.tensor([[0.0, -0.0]])
+    for columns in (activation_columns, ops_torch.activation_columns):
+        assert columns(zeros, torch.ones(1, 1, 2), slope=0.5).tolist() == [[[0.5, 0.5]]]
     assert activation_columns(gate, torch.ones(1, 1, 3), slope=0.5).tolist() == [[[1.0, 0.5, 0.5]]]
 
 
