@@ -3,7 +3,8 @@
     pytest bench/bench_dual_rows.py --benchmark-only --benchmark-group-by=group
 
 extra_info: ratio, torch's best time over ours in the same run. Torch is given what layerwise would use without these ops:
-autograd for φ′ and φ″, a product with φ′ for tangents, product and addcmul_ for cotangents, autograd by columns for the loss.
+autograd for φ′ and φ″, a product with φ′ for tangents, product and addcmul_, not in place, for cotangents,
+autograd by columns for the loss.
 """
 
 import pytest
@@ -26,6 +27,11 @@ def by_autograd(f, x):
     return y.detach(), first.detach(), torch.autograd.grad(first.sum(), point)[0]
 
 
+def samples(benchmark, shape, columns):
+    """As many as layerwise takes at once, where not all of 64."""
+    return 2 if benchmark.disabled else min(64, (1 << 21) // (columns * torch.Size(SHAPES[shape]).numel()))
+
+
 def compare(benchmark, group, ours, theirs, fresh=lambda: None):
     fresh()
     mine = [v.clone() for v in ours()]
@@ -39,41 +45,50 @@ def compare(benchmark, group, ours, theirs, fresh=lambda: None):
         benchmark.extra_info["ratio"] = round(best["torch"] / best["ours"], 2)
 
 
-@pytest.mark.parametrize("name", ["relu", *FUNCTIONS])
+@pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def bench_activation_values(benchmark, shape, name):
-    x = torch.randn(2 if benchmark.disabled else 64, *SHAPES[shape])
-    if name == "relu":
+    x, f = torch.randn(2 if benchmark.disabled else 64, *SHAPES[shape]), FUNCTIONS[name]
+    compare(benchmark, f"values of {name}, {shape}", lambda: activation_values(name, x), lambda: by_autograd(f, x))
 
-        def theirs():
-            first = torch.zeros_like(x).masked_fill_(x > 0, 1)
-            return (x * first,)
 
-        compare(benchmark, f"values of relu, {shape}", lambda: (x.relu(),), theirs)
-    else:
-        compare(
-            benchmark, f"values of {name}, {shape}", lambda: activation_values(name, x), lambda: by_autograd(FUNCTIONS[name], x)
+@pytest.mark.parametrize("columns", [1, 4, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def bench_relu(benchmark, shape, columns):
+    """All that a layer does: value, δ, a tangent and a cotangent, these in place for both."""
+    x, delta = torch.randn(2, samples(benchmark, shape, columns), *SHAPES[shape])
+    tangent, cotangent = torch.randn(2, len(x), columns, *x.shape[1:])
+
+    def ours():
+        return (
+            x.relu(),
+            activation_columns(x, delta[:, None], slope=0.0)[:, 0],
+            activation_columns(x, tangent, slope=0.0),
+            activation_columns(x, cotangent, slope=0.0, in_place=True),
         )
 
+    def theirs():
+        first = (x > 0).to(x.dtype)
+        return x.relu(), first * delta, first[:, None] * tangent, cotangent.mul_(first[:, None])
 
-@pytest.mark.parametrize("op", ["tangent", "cotangent", "cotangent in place", "relu", "relu in place"])
+    compare(benchmark, f"relu, {columns} columns, {shape}", ours, theirs)
+
+
+@pytest.mark.parametrize("op", ["tangent", "cotangent", "cotangent in place"])
 @pytest.mark.parametrize("columns", [1, 4, 8])
 @pytest.mark.parametrize("shape", SHAPES)
 def bench_activation_columns(benchmark, shape, columns, op):
-    # as many samples as layerwise takes at once, where not all
-    batch = min(64, (1 << 21) // (columns * torch.Size(SHAPES[shape]).numel()))
-    x, curve = torch.randn(2, 2 if benchmark.disabled else batch, *SHAPES[shape])
+    x, curve = torch.randn(2, samples(benchmark, shape, columns), *SHAPES[shape])
     tangent, delta = torch.randn(2, len(x), columns, *x.shape[1:])
-    gate, first = (x, (x > 0).float()) if "relu" in op else (x.sigmoid(), x.sigmoid())
-    slope, in_place = 0.0 if "relu" in op else None, "in place" in op
-    more = (curve, tangent) if "cotangent" in op else ()
+    first, in_place = x.sigmoid(), "in place" in op
+    more = () if op == "tangent" else (curve, tangent)
 
     def theirs():
         to = first[:, None] * delta
         return (to.addcmul_(curve[:, None], tangent) if more else to,)
 
     def ours():
-        return (activation_columns(gate, delta, *more, slope=slope, in_place=in_place),)
+        return (activation_columns(first, delta, *more, in_place=in_place),)
 
     start = delta.clone()
     group = f"{op}, {columns} columns, {shape}"
@@ -96,5 +111,8 @@ def bench_loss_columns(benchmark, columns, classes):
 
     p = z.softmax(1)
     compare(
-        benchmark, f"cross entropy, {columns} columns", lambda: (loss_columns("cross_entropy", 1.0, p, a, tangent),), theirs
+        benchmark,
+        f"cross entropy of {classes}, {columns} columns",
+        lambda: (loss_columns("cross_entropy", 1.0, p, a, tangent),),
+        theirs,
     )
