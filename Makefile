@@ -37,7 +37,7 @@ sanitize: $(VENV)/dev-installed
 	  $(BIN)/pip install --quiet --no-deps --upgrade --target build/sanitized -C build-dir=build/sanitizing -C cmake.build-type=Debug .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=build/sanitized OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not cuda" \
-	  tests/test_ops_grad_dot.py tests/test_ops_lowrank_update.py tests/test_ops_update_dot.py tests/test_ops_max_pool.py tests/test_ops_mlp_retrain.py \
+	  tests/test_ops_grad_dot.py tests/test_ops_lowrank_update.py tests/test_ops_update_dot.py tests/test_ops_max_pool.py tests/test_ops_dual_rows.py tests/test_ops_mlp_retrain.py \
 	  tests/test_ops_mlp_sweep.py tests/test_mlp_team.py
 
 install: $(VENV)/demo-installed

@@ -10,6 +10,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/mlp_team.h"
+#include "dual_rows.h"
 #include "grad_dot.h"
 #include "lowrank_update.h"
 #include "max_pool.h"
@@ -302,6 +303,50 @@ dit_fast::PoolColumns<Real> pool_columns_args(const Three& sizes, const PoolSpec
           pointer<Real>(to)};
 }
 
+// x, a, b, y, first, second
+template <class Real>
+dit_fast::ActivationPoints<Real> activation_points(Index size, int activation, const std::array<Address, 6>& operands) {
+  return {size,
+          static_cast<dit_fast::Activation>(activation),
+          pointer<const Real>(operands[0]),
+          pointer<const Real>(operands[1]),
+          pointer<const Real>(operands[2]),
+          pointer<Real>(operands[3]),
+          pointer<Real>(operands[4]),
+          pointer<Real>(operands[5])};
+}
+
+// gate, curve, tangent, from, to
+template <class Real>
+dit_fast::ActivationColumns<Real> activation_columns_args(const Three& sizes, bool piecewise, double slope,
+                                                          const std::array<Address, 5>& operands) {
+  return {sizes[0],
+          sizes[1],
+          sizes[2],
+          piecewise,
+          slope,
+          pointer<const Real>(operands[0]),
+          pointer<const Real>(operands[1]),
+          pointer<const Real>(operands[2]),
+          pointer<const Real>(operands[3]),
+          pointer<Real>(operands[4])};
+}
+
+// coefficients, probabilities, from, to
+template <class Real>
+dit_fast::LossColumns<Real> loss_columns_args(const Three& sizes, int loss, double scale,
+                                              const std::array<Address, 4>& operands) {
+  return {sizes[0],
+          sizes[1],
+          sizes[2],
+          static_cast<dit_fast::Loss>(loss),
+          scale,
+          pointer<const double>(operands[0]),
+          pointer<const Real>(operands[1]),
+          pointer<const Real>(operands[2]),
+          pointer<Real>(operands[3])};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -412,6 +457,29 @@ PYBIND11_MODULE(_C, m) {
           return cpu::pool_columns(pool_columns_args<double>(sizes, spec, slope, y, places, wide, transposed, from, to),
                                    threads);
         cpu::pool_columns(pool_columns_args<float>(sizes, spec, slope, y, places, wide, transposed, from, to), threads);
+      },
+      Free());
+  m.def(
+      "activation_values_cpu",
+      [](bool twice, Index size, int activation, const std::array<Address, 6>& operands, int threads) {
+        if (twice) return cpu::activation_values(activation_points<double>(size, activation, operands), threads);
+        cpu::activation_values(activation_points<float>(size, activation, operands), threads);
+      },
+      Free());
+  m.def(
+      "activation_columns_cpu",
+      [](bool twice, const Three& sizes, bool piecewise, double slope, const std::array<Address, 5>& operands,
+         int threads) {
+        if (twice)
+          return cpu::activation_columns(activation_columns_args<double>(sizes, piecewise, slope, operands), threads);
+        cpu::activation_columns(activation_columns_args<float>(sizes, piecewise, slope, operands), threads);
+      },
+      Free());
+  m.def(
+      "loss_columns_cpu",
+      [](bool twice, const Three& sizes, int loss, double scale, const std::array<Address, 4>& operands, int threads) {
+        if (twice) return cpu::loss_columns(loss_columns_args<double>(sizes, loss, scale, operands), threads);
+        cpu::loss_columns(loss_columns_args<float>(sizes, loss, scale, operands), threads);
       },
       Free());
   m.def("team_bytes", &team_bytes);
@@ -535,6 +603,38 @@ PYBIND11_MODULE(_C, m) {
               pool_columns_args<double>(sizes, spec, slope, y, places, wide, transposed, from, to), device,
               reinterpret_cast<void*>(stream));
         cuda::pool_columns(pool_columns_args<float>(sizes, spec, slope, y, places, wide, transposed, from, to), device,
+                           reinterpret_cast<void*>(stream));
+      },
+      Free());
+  m.def(
+      "activation_values_cuda",
+      [](bool twice, Index size, int activation, const std::array<Address, 6>& operands, int device, Address stream) {
+        if (twice)
+          return cuda::activation_values(activation_points<double>(size, activation, operands), device,
+                                         reinterpret_cast<void*>(stream));
+        cuda::activation_values(activation_points<float>(size, activation, operands), device,
+                                reinterpret_cast<void*>(stream));
+      },
+      Free());
+  m.def(
+      "activation_columns_cuda",
+      [](bool twice, const Three& sizes, bool piecewise, double slope, const std::array<Address, 5>& operands,
+         int device, Address stream) {
+        if (twice)
+          return cuda::activation_columns(activation_columns_args<double>(sizes, piecewise, slope, operands), device,
+                                          reinterpret_cast<void*>(stream));
+        cuda::activation_columns(activation_columns_args<float>(sizes, piecewise, slope, operands), device,
+                                 reinterpret_cast<void*>(stream));
+      },
+      Free());
+  m.def(
+      "loss_columns_cuda",
+      [](bool twice, const Three& sizes, int loss, double scale, const std::array<Address, 4>& operands, int device,
+         Address stream) {
+        if (twice)
+          return cuda::loss_columns(loss_columns_args<double>(sizes, loss, scale, operands), device,
+                                    reinterpret_cast<void*>(stream));
+        cuda::loss_columns(loss_columns_args<float>(sizes, loss, scale, operands), device,
                            reinterpret_cast<void*>(stream));
       },
       Free());

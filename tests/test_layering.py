@@ -27,6 +27,7 @@ ALLOWED = {
     "lowrank": "",
     "ops": "_C lowrank mlp",
     "pooling": "ops",
+    "dual_rows": "mlp ops",
     "ops_torch": "lowrank mlp pooling",
     "mlp_team": "mlp ops",
     "mlp_gemm": "mlp ops",
@@ -91,9 +92,10 @@ ALLOWED = {
         "replay result sweep trajectory"
     ),
     "native_retrain": "mlp mlp_team native ops problem queries recognize",
-    "duals": "ops_torch pooling",
-    "layers": "duals pooling problem recognize",
-    "layerwise": "data duals layers linearize problem recognize sweep",
+    "known_loss": "dual_rows ops_torch",
+    "duals": "dual_rows ops_torch pooling",
+    "layers": "dual_rows duals pooling problem recognize",
+    "layerwise": "data duals known_loss layers linearize problem recognize sweep",
     "retrain": "byte_sizes data guard native native_retrain plan problem progress queries recognize replay result trajectory",
     "score": (
         "factors fisher guard layerwise linearize logged native native_sweep native_team plan problem progress queries "
@@ -144,7 +146,7 @@ LAZY = {
 # the slow truth shares no code with what it judges
 NOT_IN_REFERENCE = (
     "ops optimizers score estimate sweep linearize layerwise native native_sweep native_retrain recognize plan factors replay "
-    "retrain duals layers pooling native_team mlp_team mlp_gemm"
+    "retrain dual_rows duals known_loss layers pooling native_team mlp_team mlp_gemm"
 )
 
 

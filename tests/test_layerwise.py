@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dit_fast
-from dit_fast import layerwise, queries
+from dit_fast import dual_rows, layerwise, pooling, queries
 from dit_fast.linearize import linearize
 from dit_fast.problem import Evaluator
 
@@ -221,6 +221,69 @@ def temperature(z, t):
 def test_any_loss_of_single_samples(loss):
     for hessian in ("exact", "ggn", "none"):
         assert error_of(*both(evaluator(case_of(NETS["relu and pool"], loss)), hessian)) < 1e-10
+
+
+def binary(z, t):
+    return 0.3 * F.binary_cross_entropy_with_logits(z, t, reduction="none").sum(1)
+
+
+def weighted_classes(z, y):
+    return F.cross_entropy(z, y, reduction="none", weight=torch.tensor([1.0, 1.0, 2.5], dtype=z.dtype))
+
+
+def without_a_class(z, y):
+    return F.cross_entropy(z, torch.where(y == 1, -100, y), reduction="none")
+
+
+@pytest.mark.parametrize("hessian", ["exact", "ggn", "none"])
+@pytest.mark.parametrize("loss", [cross_entropy, binary, squared, weighted_classes, without_a_class])
+def test_known_losses_and_those_that_seem_to_be_known(loss, hessian, monkeypatch):
+    case = case_of(NETS["mlp"], loss if loss in (binary, squared) else cross_entropy)
+    case.loss = loss
+    if loss is binary:
+        case.y = case.y.sigmoid()
+    ev = evaluator(case, size=9, coefficients=[[0.1, 0.7, 0.0, -0.2, 0.3, 0.4, 0.5, 0.6, 0.2]])
+    found = []
+    at = layerwise.KnownLoss.at
+    if loss in (weighted_classes, without_a_class):
+        monkeypatch.setattr(layerwise, "recognize_loss", lambda *_: ("cross_entropy", 1.0))
+    monkeypatch.setattr(layerwise.KnownLoss, "at", lambda *operands: found.append(at(*operands)) or found[-1])
+    assert error_of(*both(ev, hessian)) < 1e-10
+    known = loss in (cross_entropy, binary, squared)
+    assert len(found) == (0 if hessian == "none" else 2) and all((one is not None) == known for one in found)
+
+
+@pytest.mark.parametrize("name", ["silu", "relu"])
+def test_only_cotangents_that_nothing_else_holds_are_overwritten(name):
+    f = getattr(F, name)
+
+    class Shared(nn.Module):
+        """Activations in front of sums, one of them behind a view, and one that two operations take."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.a, self.b, self.head = C(2, 4, 3), C(4, 4, 1), C(4, 4, 1), nn.Linear(80, 3)
+
+        def forward(self, x):
+            x = f(self.stem(x))
+            x = f(self.a(x)) + f(self.b(x))
+            return self.head(f(x).flatten(1) + f(x.flatten(1)))
+
+    ev = evaluator(case_of(Shared))
+    assert error_of(*both(ev)) < 1e-10
+    with ev.session():
+        net = layerwise.prepare(ev, "exact")
+    activations = [owned for node, owned in zip(net.nodes, net.owned, strict=True) if node.activation]
+    assert activations == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("name", ["residual", "functional", "relu and pool"])
+def test_the_twins_serve_devices_without_compiled_operations(name, monkeypatch):
+    for module in (dual_rows, pooling):
+        monkeypatch.setattr(module, "is_compiled", lambda device: False)
+        for op in ("activation_values", "activation_columns", "loss_columns", "max_pool", "pool_tangent", "pool_transposed"):
+            monkeypatch.setattr(module, op, None, raising=False)
+    assert error_of(*both(evaluator(case_of(NETS[name])))) < 1e-10
 
 
 def test_float32():

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dit_fast import ops_torch, pooling
+from dit_fast import dual_rows, ops_torch, pooling
 from dit_fast.pooling import PoolWindow
 
 Maybe = Tensor | None
@@ -28,10 +28,14 @@ Call = Callable[[Tensor], Tensor]
 
 
 class Dual:
-    """An operation without parameters on one input; also what a new one inherits."""
+    """An operation without parameters on one input; also what a new one inherits.
+
+    owns: whether `tangent_backward` may overwrite the δ̇ it is given.
+    """
 
     y: Tensor
     delta: Maybe = None
+    owns: bool = False
 
     def backward(self, delta: Tensor, wanted: Sequence[bool]) -> list[Maybe]:
         raise NotImplementedError
@@ -175,15 +179,12 @@ class Linear(Dual):
 
 
 class Activation(Dual):
-    """y = f(x), elementwise; f′ and f″ by autograd once for all columns."""
+    """y = f(x), elementwise; f′ and f″ once for all columns, compiled where `name` says which f it is, else by autograd."""
 
-    def __init__(self, f: Call, x: Tensor) -> None:
-        with torch.enable_grad():
-            point = x.detach().requires_grad_()
-            y = f(point.clone())  # the clone is what an in-place f may overwrite
-            (first,) = torch.autograd.grad(y.sum(), point, create_graph=True)
-            second = torch.autograd.grad(first.sum(), point, allow_unused=True)[0] if first.requires_grad else None
-        self.y, self.first, self.second = y.detach(), first.detach(), second
+    def __init__(self, name: str | None, f: Call, x: Tensor) -> None:
+        self.ops = _dual_rows(x)
+        values: tuple[Tensor, Tensor, Maybe] = self.ops.activation_values(name, x) if name else _derivatives(f, x)
+        self.y, self.first, self.second = values
         self.dx: Maybe = None
 
     def backward(self, delta: Tensor, wanted: Sequence[bool]) -> list[Maybe]:
@@ -196,23 +197,37 @@ class Activation(Dual):
         if dx is None:
             return None
         self.dx = None if self.delta is None else dx
+        # torch's product is as fast as a compiled one
         return self.first[:, None] * dx
 
     def tangent_backward(self, delta: Tensor, block: list[Maybe], wanted: Sequence[bool]) -> tuple[list[Maybe], list[Maybe]]:
         # δ̇_x = f′ δ̇ + f″ δ ẋ
-        dx = self.first[:, None] * delta
-        if self.delta is not None and self.dx is not None:
-            dx.addcmul_(self.delta[:, None], self.dx)
+        curve = None if self.dx is None else self.delta
+        dx = self.ops.activation_columns(self.first, delta, curve, None if curve is None else self.dx, in_place=self.owns)
         self.dx = None
         return [dx], []
 
 
-class PiecewiseLinear(Activation):
+class PiecewiseLinear(Dual):
     """y = x where x > 0, slope·x elsewhere."""
 
     def __init__(self, slope: float, x: Tensor) -> None:
-        self.first = torch.full_like(x, slope).masked_fill_(x > 0, 1)
-        self.y, self.second, self.dx = x * self.first, None, None
+        self.ops, self.slope, self.x = _dual_rows(x), slope, x
+        self.y = x.relu() if slope == 0 else F.leaky_relu(x, slope)
+
+    def backward(self, delta: Tensor, wanted: Sequence[bool]) -> list[Maybe]:
+        return [self._gated(delta[:, None])[:, 0]]
+
+    def tangent(self, dxs: list[Maybe], block: list[Maybe]) -> Maybe:
+        (dx,) = dxs
+        return None if dx is None else self._gated(dx)
+
+    def tangent_backward(self, delta: Tensor, block: list[Maybe], wanted: Sequence[bool]) -> tuple[list[Maybe], list[Maybe]]:
+        return [self._gated(delta, self.owns)], []
+
+    def _gated(self, columns: Tensor, in_place: bool = False) -> Tensor:
+        gated: Tensor = self.ops.activation_columns(self.x, columns, slope=self.slope, in_place=in_place)
+        return gated
 
 
 class MaxPool(Dual):
@@ -403,6 +418,20 @@ class Norm(Dual):
         """Σ over samples and over what a parameter is spread, [K, *shape]."""
         assert self.parameter_shape is not None
         return v.sum(0).sum_to_size(v.shape[1], *self.affine).reshape(v.shape[1], *self.parameter_shape)
+
+
+def _dual_rows(x: Tensor) -> Any:
+    return dual_rows if dual_rows.is_compiled(x.device) else ops_torch
+
+
+def _derivatives(f: Call, x: Tensor) -> tuple[Tensor, Tensor, Maybe]:
+    """f, f′ and f″ at x; None for f″ of a piecewise linear f."""
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        y = f(point.clone())  # the clone is what an in-place f may overwrite
+        (first,) = torch.autograd.grad(y.sum(), point, create_graph=True)
+        second = torch.autograd.grad(first.sum(), point, allow_unused=True)[0] if first.requires_grad else None
+    return y.detach(), first.detach(), second
 
 
 def _to_bias(delta: Tensor) -> Tensor:

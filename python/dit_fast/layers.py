@@ -11,10 +11,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from dit_fast import duals
+from dit_fast.dual_rows import SMOOTH
 from dit_fast.duals import Dual
 from dit_fast.pooling import PoolWindow, pooled_size
 from dit_fast.problem import Batch, Evaluator, Params
-from dit_fast.recognize import NotCompiled, changes_shape_alone, is_size, node_name, trace
+from dit_fast.recognize import NotCompiled, activation, changes_shape_alone, is_size, node_name, trace
 
 Make = Callable[[list[Tensor], list[Any]], Dual]
 
@@ -26,7 +27,7 @@ class Node:
     sources: (module, attribute) of each tensor `make` is given. parameters: the logged names of the first of them, those
     that `Dual.tangent` has tangents of; None for one that was not trained. activation: the function, where it is one;
     slope: where it is x > 0 ? x : slope·x. pool: of a maximum pooling, how it is made with this slope behind it or this
-    activation in front.
+    activation in front. hands_on: whether δ̇ of its output is, as it is, that of its inputs.
     """
 
     inputs: tuple[int, ...]
@@ -36,21 +37,25 @@ class Node:
     activation: Callable[[Tensor], Tensor] | None = None
     slope: float | None = None
     pool: Callable[[float, Any], Make] | None = None
+    hands_on: bool = False
 
 
 @dataclass(frozen=True)
 class Net:
     """nodes: in order; value 0 is the input, value i + 1 the output of node i, the last the model's.
 
-    wanted: for each value whether it depends on a trained parameter. sample_shape: of the input. largest: numbers of the
-    largest value of a sample. has_convolution: what `score` asks.
+    wanted: for each value whether it depends on a trained parameter. owned: for each node whether δ̇ of its output is held
+    nowhere else. sample_shape: of the input. largest: numbers of the largest value of a sample. has_convolution: what `score`
+    asks. loss: the per-sample loss where it is one of csrc/loss.h, with its scale.
     """
 
     nodes: tuple[Node, ...]
     wanted: tuple[bool, ...]
+    owned: tuple[bool, ...]
     sample_shape: torch.Size
     largest: int
     has_convolution: bool
+    loss: tuple[str, float] | None = None
 
 
 def read(ev: Evaluator, params: Params, batch: Batch) -> Net:
@@ -91,7 +96,17 @@ def read(ev: Evaluator, params: Params, batch: Batch) -> Net:
     convolutions = (nn.Conv1d, nn.Conv2d)
     has_convolution = any(isinstance(module, convolutions) for node in nodes for module, _ in node.sources)
     largest = max(shape.numel() for node, shape in shapes.found.items() if node in position) // size
-    return Net(tuple(nodes), tuple(wanted), x.shape[1:], largest, has_convolution)
+    return Net(tuple(nodes), tuple(wanted), _owned(nodes), x.shape[1:], largest, has_convolution)
+
+
+def _owned(nodes: list[Node]) -> tuple[bool, ...]:
+    """A sum gives both of its inputs the same δ̇; others make one of their own."""
+    owned = [True] * (len(nodes) + 1)
+    for i in reversed(range(len(nodes))):
+        if nodes[i].hands_on:
+            for j in nodes[i].inputs:
+                owned[j] = owned[j] and owned[i + 1] and len(nodes[i].inputs) == 1
+    return tuple(owned[1:])
 
 
 class _Shapes(fx.Interpreter):
@@ -130,12 +145,12 @@ def _read_node(
     if operation in _SUMS:
         if len(own) != 2 or len(node.args) != 2 or node.kwargs or shapes[own[0]] != shapes[own[1]]:
             raise NotCompiled(f"{node_name(node)} is no sum of two of the net's own values of one shape")
-        return Node(inputs, lambda values, tensors: duals.Sum(*values))
+        return Node(inputs, lambda values, tensors: duals.Sum(*values), hands_on=True)
     if len(own) != 1 or node.args[0] is not own[0] or len([n for n in node.all_input_nodes if not is_size(n)]) != 1:
         raise NotCompiled(f"{node_name(node)} does not take one of the net's own values")
     if changes_shape_alone(operation, node):
         after = shapes[node][1:]
-        return Node(inputs, lambda values, tensors: duals.Reshape(values[0], after))
+        return Node(inputs, lambda values, tensors: duals.Reshape(values[0], after), hands_on=True)
     before = shapes[own[0]]
     if isinstance(operation, nn.Module):
         made = _read_module(operation, node, before)
@@ -152,7 +167,9 @@ def _read_node(
     if kind in _ACTIVATIONS:
         slope = _slope(operation, node)
         if slope is None:
-            return Node(inputs, lambda values, tensors: duals.Activation(call, *values), activation=call)
+            found = activation(operation, node)
+            name = found[0] if found is not None and found[0] in SMOOTH else None
+            return Node(inputs, lambda values, tensors: duals.Activation(name, call, *values), activation=call)
         return Node(inputs, lambda values, tensors: duals.PiecewiseLinear(slope, *values), activation=call, slope=slope)
     if kind in _MAX_POOLS:
         pool = partial(partial, _max_pool, _window(operation, node, _MAX_POOLS[kind], before))

@@ -5,6 +5,7 @@ of the values are made once for all columns.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from dit_fast.data import leaves, map_tensors
 from dit_fast.duals import Dual, Maybe
+from dit_fast.known_loss import KnownLoss
 from dit_fast.layers import Net, Node, read
 from dit_fast.linearize import Hessian, Linearized, linearize, with_l2
 from dit_fast.problem import Batch, Evaluator, Params
-from dit_fast.recognize import NotCompiled
+from dit_fast.recognize import NotCompiled, recognize_loss
 from dit_fast.sweep import Linearizer
 
 # this path must meet the generic one on a batch of the log
@@ -47,6 +49,7 @@ def prepare(ev: Evaluator, hessian: Hessian) -> Net:
     if len(batch.args) != 1 or batch.kwargs or not isinstance(batch.args[0], Tensor) or not batch.args[0].is_floating_point():
         raise NotCompiled("the model takes something else than one tensor of floating numbers")
     net = read(ev, params, batch)
+    net = replace(net, loss=_find_loss(ev, net, params, batch))
     _compare(ev, net, params, batch, hessian)
     return net
 
@@ -136,9 +139,8 @@ class _Chunk:
         self.coefficients = batch.coefficients[rows]
         with torch.enable_grad():
             self.output = self.duals[-1].y.detach().requires_grad_()
-            losses = ev.losses_of(self.output, target, rows.stop - rows.start)
-            # ∂ℓ_b/∂z_b: a sample's loss depends on its own output alone
-            self.slope = torch.autograd.grad(losses.sum(), self.output, create_graph=hessian != "none")[0]
+            total = ev.losses_of(self.output, target, rows.stop - rows.start).sum()
+            self.slope, self.loss = _slope(total, self.output, target, net.loss, hessian)
 
     def backward(self, gradient: Params | None) -> None:
         """δ of every operation, for the weighted batch loss; the gradient of that is added to `gradient`."""
@@ -168,6 +170,8 @@ class _Chunk:
 
     def _curved(self, tangent: Tensor) -> Tensor:
         """a_b ∇²ℓ_b ż_b [B, K, ...] at the output."""
+        if self.loss is not None:
+            return self.loss.curved(tangent, self.coefficients)
         if not self.slope.requires_grad:
             return torch.zeros_like(tangent)
         columns = [
@@ -181,6 +185,7 @@ def _forward(net: Net, x: Tensor, tensors: Tensors) -> list[Dual]:
     values, made = [x], []
     for node, own in zip(net.nodes, tensors, strict=True):
         made.append(node.make([values[i] for i in node.inputs], own))
+        made[-1].owns = net.owned[len(made) - 1]
         values.append(made[-1].y)
     return made
 
@@ -224,6 +229,29 @@ def _weighted(value: Tensor, coefficients: Tensor) -> Tensor:
 
 def _tensors(ev: Evaluator, net: Net, params: Params) -> Tensors:
     return ev.call(params, lambda model: [[getattr(m, attribute) for m, attribute in n.sources] for n in net.nodes])
+
+
+def _slope(
+    total: Tensor, output: Tensor, target: Any, known: tuple[str, float] | None, hessian: Hessian
+) -> tuple[Tensor, KnownLoss | None]:
+    """∂ℓ_b/∂z_b (a sample's loss depends on its own output alone) and the curvature; without that autograd has it."""
+    if hessian == "none":
+        return torch.autograd.grad(total, output)[0], None
+    if known is not None:
+        (slope,) = torch.autograd.grad(total, output, retain_graph=True)
+        loss = KnownLoss.at(known, output, target, slope)
+        if loss is not None:
+            return slope, loss
+    return torch.autograd.grad(total, output, create_graph=True)[0], None
+
+
+def _find_loss(ev: Evaluator, net: Net, params: Params, batch: Batch) -> tuple[str, float] | None:
+    with torch.no_grad():
+        output = _forward(net, batch.args[0], _tensors(ev, net, params))[-1].y
+    try:
+        return recognize_loss(ev, output, batch.target)
+    except NotCompiled:
+        return None
 
 
 def _compare(ev: Evaluator, net: Net, params: Params, batch: Batch, hessian: Hessian) -> None:

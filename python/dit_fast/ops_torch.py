@@ -1,4 +1,4 @@
-"""Plain-torch twins of dit_fast.ops and dit_fast.pooling: the same names, arguments and results, in a few lines each."""
+"""Plain-torch twins of dit_fast.ops, pooling and dual_rows: the same names, arguments and results, in a few lines each."""
 
 from collections.abc import Callable, Sequence
 
@@ -322,6 +322,42 @@ def pool_transposed(
     delta = delta if y is None else delta * _pool_factor(y, slope)
     to = delta.new_zeros(*delta.shape[:3], torch.Size(spatial).numel())
     return to.scatter_add_(3, flat, delta.flatten(3)).unflatten(3, spatial)
+
+
+def activation_values(activation: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """φ(x), φ′(x), φ″(x); arguments: dit_fast.dual_rows.activation_values."""
+
+    def slope(x: Tensor) -> Tensor:
+        first: Tensor = grad(lambda x: _ACTIVATIONS[activation](x, 0.0).sum())(x)
+        return first
+
+    return _ACTIVATIONS[activation](x, 0.0), slope(x), jvp(slope, (x,), (torch.ones_like(x),))[1]
+
+
+def activation_columns(
+    gate: Tensor,
+    value: Tensor,
+    curve: Tensor | None = None,
+    tangent: Tensor | None = None,
+    *,
+    slope: float | None = None,
+    in_place: bool = False,
+) -> Tensor:
+    """φ′ value + curve tangent; arguments: dit_fast.dual_rows.activation_columns."""
+    factor = (gate if slope is None else _pool_factor(gate, slope).squeeze(1)).unsqueeze(1)
+    to = value.mul_(factor) if in_place else value * factor
+    return to if curve is None or tangent is None else to.addcmul_(curve.unsqueeze(1), tangent)
+
+
+def loss_columns(loss: str, scale: float, probabilities: Tensor | None, coefficients: Tensor, tangent: Tensor) -> Tensor:
+    """a_b scale ∂²ℓ_b/∂y² ẏ; arguments: dit_fast.dual_rows.loss_columns."""
+    weights = (scale * coefficients.double()).to(tangent.dtype)[:, None, None]
+    if probabilities is None:
+        return 2 * weights * tangent
+    p = probabilities[:, None]
+    if loss == "cross_entropy":
+        return weights * p * (tangent - (p * tangent).sum(2, keepdim=True))
+    return weights * p * (1 - p) * tangent
 
 
 def _pool_factor(y: Tensor, slope: float) -> Tensor:

@@ -99,7 +99,7 @@ def recognize(ev: Evaluator, params: Params, batch: Batch) -> Recognized:
         output = ev.output(params, batch)
     if not isinstance(output, Tensor) or output.numel() != len(batch.ids) * layers[-1].outputs:
         raise NotCompiled("the model's output is not one tensor with a row per sample")
-    loss, scale = _loss(ev, output, batch.target)
+    loss, scale = recognize_loss(ev, output, batch.target)
     return Recognized(Mlp(layers, loss, scale), parameters, output.shape[1:])
 
 
@@ -166,11 +166,11 @@ def _chain(ev: Evaluator) -> tuple[tuple[MlpLayer, ...], tuple[str | None, ...]]
             layers.append(MlpLayer(outputs, inputs, position[weight], None if bias is None else position[bias]))
             used += [weight, bias]
             continue
-        activation = _activation(module_or_call, node)
-        if activation is not None:
+        found = activation(module_or_call, node)
+        if found is not None:
             if not layers or layers[-1].activation != "identity":
                 raise NotCompiled(f"{node_name(node)} does not follow a linear layer")
-            layers[-1] = replace(layers[-1], activation=activation[0], slope=activation[1])
+            layers[-1] = replace(layers[-1], activation=found[0], slope=found[1])
         elif not changes_shape_alone(module_or_call, node):
             raise NotCompiled(f"{node_name(node)} is none of the operations that are compiled")
     if not layers:
@@ -231,8 +231,8 @@ def _attribute(model: nn.Module, node: Any) -> Tensor:
     return operator.attrgetter(str(node.target))(model)
 
 
-def _activation(operation: Any, node: fx.Node) -> tuple[str, float] | None:
-    """(name, slope)"""
+def activation(operation: Any, node: fx.Node) -> tuple[str, float] | None:
+    """(name, slope) of an activation, as in csrc/activation.h; None for anything else."""
     if isinstance(operation, nn.Module):
         kind = _MODULES.get(type(operation))
         if kind == "gelu":
@@ -271,8 +271,11 @@ def node_name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def _loss(ev: Evaluator, output: Tensor, target: Any) -> tuple[str, float]:
-    """The name and scale of the loss that per_sample_loss equals at random outputs, in value and gradient (float64)."""
+def recognize_loss(ev: Evaluator, output: Tensor, target: Any) -> tuple[str, float]:
+    """The name and scale of the loss that per_sample_loss equals at random outputs, in value and gradient (float64).
+
+    output, target: of a batch, for their shapes and dtypes. NotCompiled where it is none of ours.
+    """
     if not isinstance(target, Tensor) or target.ndim == 0 or len(target) != len(output):
         raise NotCompiled("the target is not one tensor with a row per sample")
     generator = torch.Generator().manual_seed(0)
