@@ -101,9 +101,9 @@ def refuse_unsupported(model: nn.Module, masks_are_logged: bool = False) -> None
     Called with the flags of training set: batch normalization and dropout are fine in eval mode.
     """
     for name, module in inner_module(model).named_modules():
-        where = f"{type(module).__name__} '{name}'"
         if not module.training:
             continue
+        where = f"{type(module).__name__} '{name}'"
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise UnsupportedError(
                 f"{where} is in train mode: it couples the samples of a batch, so a single sample has no loss of its "

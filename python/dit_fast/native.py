@@ -100,11 +100,14 @@ def read(ev: Evaluator) -> tuple[Native, Params, Batch]:
     # a few samples show all there is to see
     size = min(COMPARED_SAMPLES, step.micro_sizes[0])
     params, batch = ev.params(0), ev.batch(0, step.ids[:size], step.coefficients[:size])
-    recognized = recognize(ev, params, batch)
+    data = _whole_data(ev)
+    recognized = recognize(ev, params, batch, None if data is None else data[1])
+    if data is not None:
+        data = recognized.inputs(data[0].to(ev.device, ev.dtype)), recognized.targets(data[1].to(ev.device), ev.dtype)
     largest = max(sum(step.micro_sizes) for step in ev.trajectory.steps(0, ev.trajectory.num_steps))
     momentum = any(getattr(rule, "momentum", 0) for rule in rules)
     engine = "team" if uses_teams(ev) else "cpu"
-    return Native(recognized, _whole_data(ev, recognized), largest, momentum, engine), params, batch
+    return Native(recognized, data, largest, momentum, engine), params, batch
 
 
 def sweep(
@@ -319,8 +322,8 @@ def _check_momentum(rules: Sequence[Any], table: Any) -> None:
         raise NotCompiled("maximize is not compiled")
 
 
-def _whole_data(ev: Evaluator, recognized: Recognized) -> tuple[Tensor, Tensor] | None:
-    """The data as (x [N, I], targets) in this dtype; None where batches have to be asked for one by one."""
+def _whole_data(ev: Evaluator) -> tuple[Tensor, Tensor] | None:
+    """The data as the user gave it, (x, targets); None where batches have to be asked for one by one."""
     tensors: Any = None if ev.problem.samples is None else ev.problem.samples._tensors
     if ev.problem.unpack is not default_unpack or not isinstance(tensors, tuple | list) or len(tensors) != 2:
         return None
@@ -330,8 +333,7 @@ def _whole_data(ev: Evaluator, recognized: Recognized) -> tuple[Tensor, Tensor] 
     in_place = x.dtype == ev.dtype and x.is_contiguous()
     if not x.is_floating_point() or not (in_place or x.numel() <= SLICE_NUMBERS):
         return None
-    check_targets(ev, recognized, target)
-    return recognized.inputs(x.to(ev.device, ev.dtype)), recognized.targets(target.to(ev.device), ev.dtype)
+    return x, target
 
 
 def one_step(ev: Evaluator, native: Native, params: Params, batch: Batch, lr: float) -> mlp.MlpSteps:
@@ -374,19 +376,16 @@ def _compare(ev: Evaluator, native: Native, params: Params, batch: Batch, hessia
     else:
         op = mlp_gemm.GemmSweep if native.engine == "gemm" else ops.MlpSweep
         op(recognized.net, steps, own, None, scores, l2=ev.l2, hessian=hessian).run(0, 1, 1)
-    names = list(hvp)
-    theirs = [-dots * batch.coefficients.double(), *hvp.values()]
-    ours = [scores, *torch._foreach_sub([blocks[n] for n in names], [probe[n] for n in names])]
-    errors, sizes = _largest(torch._foreach_sub(ours, theirs)), _largest(theirs)
-    # products of all parameters by the largest of any, beside the rounding of the numbers they were added to
-    sizes[1:] = sizes[1:].max()
-    allowed = AGREEMENT[ev.dtype] * sizes
-    allowed[1:].clamp_min_(4 * torch.finfo(ev.dtype).eps * _largest([probe[n] for n in names]))
-    if not bool((errors <= allowed).all()):
-        error = float((errors / sizes.clamp_min(torch.finfo(torch.float64).tiny)).max())
-        raise NotCompiled(f"it does not agree with the generic path on the first batch ({error:.1g} relative)")
-
-
-def _largest(tensors: Sequence[Tensor]) -> Tensor:
-    """The largest magnitude in each [n] float64; NaN where there is one."""
-    return torch.stack(torch._foreach_norm([value.double() for value in tensors], torch.inf))
+    moved, expected = (torch.cat([own[name].flatten() for name in probe]) for own in (blocks, hvp))
+    weighted = dots * batch.coefficients.double()
+    # beside the rounding of the numbers that the products were added to
+    rounding = 4 * torch.finfo(ev.dtype).eps * float(flat.abs().max())
+    for error, scale, least in (
+        (scores + weighted, weighted, 0.0),
+        (moved - flat[0] - expected, expected, rounding / AGREEMENT[ev.dtype]),
+    ):
+        off, largest = float(error.abs().max()), float(scale.abs().max())
+        if not off <= AGREEMENT[ev.dtype] * max(largest, least):
+            raise NotCompiled(
+                f"it does not agree with the generic path on the first batch ({off / (largest or 1):.1g} relative)"
+            )

@@ -261,37 +261,36 @@ def sizes(ev: Evaluator, asked: Sequence[Query]) -> list[int]:
     Warns of a query that does not depend on the parameters: its scores are all 0.
     """
     params = _leaves(ev.params(ev.trajectory.num_steps))
-    return [_look(ev, params, query)[0] for query in asked]
+    with ev.eval_mode():
+        return [_look(ev, params, query)[0] for query in asked]
 
 
 def sizes_and_gradients(ev: Evaluator, asked: Sequence[Query]) -> tuple[list[int], Params]:
     """`sizes`, and `gradients_at` the end of the run, for little more than either."""
     params = _leaves(ev.params(ev.trajectory.num_steps))
     found, blocks = [], []
-    for query in asked:
-        size, first = _look(ev, params, query)
-        found.append(size)
-        with ev.eval_mode():
+    with ev.eval_mode():
+        for query in asked:
+            size, first = _look(ev, params, query)
+            found.append(size)
             blocks.append(query_gradient(ev, ev.trajectory.num_steps, params, query, first))
     return found, _joined(blocks)
 
 
 def _look(ev: Evaluator, params: Params, query: Query) -> tuple[int, Tensor | None]:
-    """The number of values of a query, with those of its first part; warns of one that does not depend on the parameters."""
+    """The number of values of a query, with those of its first part; warns of one that does not depend on the parameters.
+
+    ValueError naming the query where the model cannot be asked it. The caller has the model in eval mode.
+    """
     if query.by_step is not None:
         assert query.size is not None
         return query.size, None
-    first = _first_values(ev, params, query)
+    where = f"{str(ev.dtype).removeprefix('torch.')} on {ev.device}"
+    with explained(f"query {query.label!r} fails on the model, which is asked in {where}"):
+        first = part_values(ev, params, query.parts[0])
     if not _depends_on(first, params, by_derivative=query.size is None):
         warnings.warn(f"query {query.label!r} does not depend on the parameters: its scores are 0", stacklevel=4)
     return len(first) if query.size is None else query.size, first
-
-
-def _first_values(ev: Evaluator, params: Params, query: Query) -> Tensor:
-    """Those of the query's first part; ValueError naming the query where the model cannot be asked it."""
-    where = f"{str(ev.dtype).removeprefix('torch.')} on {ev.device}"
-    with ev.eval_mode(), explained(f"query {query.label!r} fails on the model, which is asked in {where}"):
-        return part_values(ev, params, query.parts[0])
 
 
 def _depends_on(values: Tensor, params: Params, by_derivative: bool) -> bool:
