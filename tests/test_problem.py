@@ -491,6 +491,44 @@ def standard_run_with_grad(name):
         return standard_run(name)
 
 
+class TiedThrice(nn.Module):
+    """a.weight is also b.weight and the buffer c, and the layer a has two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2, bias=False)
+        self.again, self.b.weight = self.a, self.a.weight
+        self.register_buffer("c", self.a.weight)
+
+    def forward(self, x):
+        assert self.again.weight is self.a.weight
+        return self.b(self.a(x)) @ self.c
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_call_puts_parameters_wherever_they_are_tied_and_the_models_own_back(fails):
+    model = TiedThrice()
+    own = [model.a.weight, model.a.bias, model.b.weight, model.c]
+    params = {n: torch.randn(2, *p.shape) for n, p in model.named_parameters()}
+    trajectory = dit.Trajectory.from_arrays(params, [[0, 1]], 0.5)
+    ev = Evaluator.create(dit.Problem(model, cross_entropy, (X, Y)), trajectory, None, None)
+    weight, bias = (ev.params(1)[n].requires_grad_() for n in ("a.weight", "a.bias"))
+
+    def call(inside):
+        output = inside(X)
+        if fails:
+            raise KeyError("the caller's own")
+        return output
+
+    if fails:
+        with pytest.raises(KeyError, match="the caller's own"):
+            ev.call({"a.weight": weight, "a.bias": bias}, call)
+    else:
+        output = ev.call({"a.weight": weight, "a.bias": bias}, call)
+        torch.testing.assert_close(output, (X @ weight.T + bias) @ weight.T @ weight)
+    assert all(now is then for now, then in zip([model.a.weight, model.a.bias, model.b.weight, model.c], own, strict=True))
+
+
 def test_inside_a_session_torch_is_exact_and_the_flags_are_the_logs(tmp_path, unusual_settings):
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         model = Named()

@@ -40,6 +40,9 @@ def assert_query(ev, query, values, weight=None, bias=None):
     with ev.session():
         found = queries.values_at(ev, ev.params(1), [query])
         gradients = list(queries.gradients_at(ev, 1, ev.params(1), [query]).values())
+        sizes, at_the_end = queries.sizes_and_gradients(ev, [query])
+        assert sizes == queries.sizes(ev, [query]) == [len(values)]
+    torch.testing.assert_close(list(at_the_end.values()), gradients, rtol=0, atol=0)
     torch.testing.assert_close(found, torch.tensor(values, dtype=torch.float64))
     for gradient, expected in zip(gradients, (weight, bias), strict=True):
         if expected is not None:
@@ -168,7 +171,11 @@ def test_many_queries_are_joined_in_their_order():
     with ev.session():
         assert queries.sizes(ev, asked) == [2, 1, 2]
         assert queries.values_at(ev, ev.params(1), asked).tolist() == [0.5, -0.5, 1.5, 2.5, 3.5]
-        assert queries.gradients_at(ev, 1, ev.params(1), asked)["bias"].shape == (5, 2)
+        gradients = queries.gradients_at(ev, 1, ev.params(1), asked)
+        assert gradients["bias"].shape == (5, 2)
+        sizes, at_the_end = queries.sizes_and_gradients(ev, asked)
+        assert sizes == queries.sizes(ev, asked)
+        torch.testing.assert_close(at_the_end, gradients, rtol=0, atol=0)
     assert queries.names(asked, [2, 1, 2]) == ["bias[0]", "bias[1]", "loss", "logit 1[0]", "logit 1[1]"]
 
 

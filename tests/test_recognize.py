@@ -177,6 +177,37 @@ def test_a_loss_that_looks_like_ours_only_where_it_is_probed_is_caught_on_the_fi
     assert meta["backend"] == "generic" and "does not agree with the generic path" in meta["why"]
 
 
+def half_is_a_quarter(z, t):
+    return F.binary_cross_entropy_with_logits(z[:, 0], torch.where(t == 0.5, 0.25, t), reduction="none")
+
+
+def ignores_class_7(z, t):
+    return F.cross_entropy(z, t, reduction="none", ignore_index=7)
+
+
+@pytest.mark.parametrize("at_once", [2, 1 << 16])
+@pytest.mark.parametrize(
+    ("outputs", "loss", "targets", "reason"),
+    [
+        (1, half_is_a_quarter, [0.0, 0.3, 1.0, 0.5, 0.2], "per_sample_loss is not bce_logits for every target of the data"),
+        (1, half_is_a_quarter, [0.0, 0.3, 1.0, 0.4, 0.2], None),
+        (3, ignores_class_7, [0, 1, 2, 7, 0], "a class of cross entropy lies outside the model's outputs"),
+        (3, ignores_class_7, [0, 1, 2, 2, 0], None),
+    ],
+)
+def test_the_loss_is_tried_on_every_target_of_the_data(outputs, loss, targets, reason, at_once, monkeypatch):
+    """The one that is another's, sample 3, is in no batch."""
+    monkeypatch.setattr("dit_fast.recognize.TARGETS_AT_ONCE", at_once)
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, outputs), torch.randn(5, 4)
+    params = {n: torch.stack([p.detach()] * 2) for n, p in model.named_parameters()}
+    trajectory = dit_fast.Trajectory.from_arrays(params=params, batch_ids=[[0, 1]], lr=0.1)
+    problem = dit_fast.Problem(model, loss, (x, torch.tensor(targets)))
+    meta = dit_fast.score(trajectory, problem, queries.parameter("bias", 0), check=False).meta
+    assert meta["backend"] == ("native" if reason is None else "generic")
+    assert reason is None or reason in meta["why"]
+
+
 def test_a_frozen_layer_is_refused_and_a_refused_backend_is_an_error():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))

@@ -286,8 +286,10 @@ def _adjoint(cost: _Cost, hessian: Hessian, backend: str) -> dict[str, Any]:
     params, batch = ev.params(0), ev.batches(0)[0]
     samples = meta.get("samples_per_pull", len(batch.ids))
     graph = plan.graph_bytes(lambda: linearize(ev, params, batch, hessian, meta.get("mode", "double_backward")))
+    # the compiled sweep on the CPU makes a column's cotangent and product on the way, but keeps its query's gradient
+    beside = 1 if meta["backend"] == "native" and ev.device.type == "cpu" else plan.BLOCKS_PER_COLUMN
     memory = (
-        together * (cost.num_blocks + plan.BLOCKS_PER_COLUMN) * cost.parameter_bytes
+        together * (cost.num_blocks + beside) * cost.parameter_bytes
         + graph
         + graph * plan.GRAPHS_PER_COLUMN * pull * samples // max(len(batch.ids), 1)
         + cost.parameter_bytes * (1 + sum(cost.sizes))

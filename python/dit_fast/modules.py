@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,6 +62,22 @@ def trainable_parameters(model: nn.Module, optimized: Iterable[torch.Tensor] | N
     return {name: p for name, p in named if p.requires_grad and (wanted is None or id(p) in wanted)}
 
 
+def tensor_places(model: nn.Module) -> dict[str, list[tuple[Any, str]]]:
+    """name → the dicts that hold this parameter or buffer, with its key in each: several where it is tied, under its first
+    name (a parameter's, where a buffer is tied to one)."""
+    names: dict[int, str] = {}
+    places: dict[str, list[tuple[Any, str]]] = {}
+    named = list(model.named_modules())
+    for kind in ("_parameters", "_buffers"):
+        for prefix, module in named:
+            tensors = getattr(module, kind)
+            for key, tensor in tensors.items():
+                if tensor is not None:
+                    name = names.setdefault(id(tensor), f"{prefix}.{key}" if prefix else key)
+                    places.setdefault(name, []).append((tensors, key))
+    return places
+
+
 def training_flags(model: nn.Module) -> dict[str, bool]:
     """module name → its `training` flag, "" for the module itself."""
     return {name: module.training for name, module in inner_module(model).named_modules()}
@@ -69,7 +86,7 @@ def training_flags(model: nn.Module) -> dict[str, bool]:
 def set_training_flags(model: nn.Module, flags: dict[str, bool]) -> None:
     """Put back what `training_flags` returned; modules it does not name keep theirs."""
     for name, module in inner_module(model).named_modules():
-        if name in flags:
+        if flags.get(name, module.training) != module.training:
             module.training = flags[name]
 
 
@@ -84,9 +101,9 @@ def refuse_unsupported(model: nn.Module, masks_are_logged: bool = False) -> None
     Called with the flags of training set: batch normalization and dropout are fine in eval mode.
     """
     for name, module in inner_module(model).named_modules():
-        where = f"{type(module).__name__} '{name}'"
         if not module.training:
             continue
+        where = f"{type(module).__name__} '{name}'"
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise UnsupportedError(
                 f"{where} is in train mode: it couples the samples of a batch, so a single sample has no loss of its "

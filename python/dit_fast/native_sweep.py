@@ -67,15 +67,17 @@ def sweep(
 def _visits(ev: Evaluator, columns: Sequence[Column], query_gradients: QueryGradients) -> mlp.MlpVisits:
     """When the columns join and leave, by steps of the log, with the query's gradients at those."""
     points = sorted({t for column in columns for t in (column.start, column.stop) if t}, reverse=True)
-    taken = [query_gradients(t) for t in points]
-    num_queries = len(next(iter(taken[0].values())))
-    place = {t: num_queries * i for i, t in enumerate(points)}
+    rows = []
+    for t in points:  # one at a time, so that only one is there twice
+        taken = query_gradients(t)
+        rows.append(torch.cat([taken[name].flatten(1) for name in ev.shapes], 1))
+    place = {t: len(rows[0]) * i for i, t in enumerate(points)}
     return mlp.MlpVisits(
         torch.tensor([column.stop for column in columns]),
         torch.tensor([column.start or 0 for column in columns]),
         torch.tensor([place[column.stop] + column.query for column in columns]),
         torch.tensor([place[column.start] + column.query if column.start else 0 for column in columns]),
-        torch.cat([torch.cat([gradients[name] for gradients in taken]).flatten(1) for name in ev.shapes], 1),
+        torch.cat(rows),
     )
 
 

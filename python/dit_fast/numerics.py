@@ -19,7 +19,8 @@ def full_precision() -> Iterator[None]:
     before = [backend.fp32_precision for backend in backends]
     with ExitStack() as stack:
         for kind in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(kind, enabled=False))
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         try:
             for backend in backends:
                 backend.fp32_precision = "ieee"

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,27 +44,26 @@ def columns(windows: Sequence[Window], num_queries: int) -> tuple[list[Column], 
         return columns_by_endpoint(windows, num_queries)
     spans = sorted({(w.stop, w.start) for w in windows}, reverse=True)
     made = [Column(q, stop, start) for stop, start in spans for q in range(num_queries)]
-    position = {column: k for k, column in enumerate(made)}
-    mix = torch.zeros(len(windows) * num_queries, len(made), dtype=torch.float64)
+    position = {span: k for k, span in enumerate(spans)}
+    mix = np.zeros((len(windows), num_queries, len(spans), num_queries))
     for i, window in enumerate(windows):
         for q in range(num_queries):
-            mix[i * num_queries + q, position[Column(q, window.stop, window.start)]] = 1
-    return made, mix
+            mix[i, q, position[window.stop, window.start], q] = 1
+    return made, torch.from_numpy(mix).flatten(2).flatten(0, 1)
 
 
 def columns_by_endpoint(windows: Sequence[Window], num_queries: int) -> tuple[list[Column], Tensor]:
     """The same, one column per (distinct non-zero endpoint, query)."""
     endpoints = sorted({t for w in windows for t in (w.start, w.stop)} - {0}, reverse=True)
     made = [Column(q, stop) for stop in endpoints for q in range(num_queries)]
-    position = {column: k for k, column in enumerate(made)}
-    mix = torch.zeros(len(windows) * num_queries, len(made), dtype=torch.float64)
+    position = {t: k for k, t in enumerate(endpoints)}
+    mix = np.zeros((len(windows), num_queries, len(endpoints), num_queries))
     for i, window in enumerate(windows):
         for q in range(num_queries):
-            row = i * num_queries + q
-            mix[row, position[Column(q, window.stop)]] += 1
+            mix[i, q, position[window.stop], q] = 1
             if window.start:
-                mix[row, position[Column(q, window.start)]] -= 1
-    return made, mix
+                mix[i, q, position[window.start], q] = -1
+    return made, torch.from_numpy(mix).flatten(2).flatten(0, 1)
 
 
 def memory_budget(budget: int | float | str | None, device: torch.device) -> int:
@@ -107,7 +107,7 @@ def graph_bytes(run: Callable[[], object]) -> int:
 def _free_host_memory() -> int:
     try:
         with open("/proc/meminfo") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        return 1024 * int(fields["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
+            available = next(line for line in lines if line.startswith("MemAvailable:"))
+        return 1024 * int(available.split()[1])
+    except (OSError, StopIteration, IndexError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

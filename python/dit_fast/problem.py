@@ -1,5 +1,6 @@
 """What was trained on what: per-sample losses as functions of parameters and a batch of the log."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -83,17 +84,6 @@ class Batch:
     rng: Tensor | None = None
 
 
-class _Scope(nn.Module):
-    """Calls fn(model) as its forward, so that functional_call swaps the parameters for all that fn does."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, fn: Callable[[nn.Module], Any]) -> Any:
-        return fn(self.model)
-
-
 class Evaluator:
     """A problem on one trajectory, device and dtype: its losses and outputs as pure functions of the parameters.
 
@@ -105,11 +95,9 @@ class Evaluator:
         self.shapes: dict[str, torch.Size] = {n: torch.Size(s) for n, (s, _) in trajectory.parameters.items()}
         _match_parameters(problem.model, trajectory)
         self.l2 = problem.l2
-        scope = _Scope(problem.model)
-        scope.training = problem.model.training
-        self._scope = scope
+        self._places = modules.tensor_places(problem.model)
         with torch.inference_mode(False):  # a tensor made in inference mode cannot be part of a graph later
-            self._constants = {"model." + name: place(value, device, dtype) for name, value in self._fixed_tensors().items()}
+            self._constants = {name: place(value, device, dtype) for name, value in self._fixed_tensors().items()}
 
     @classmethod
     def create(
@@ -185,10 +173,11 @@ class Evaluator:
     def params(self, t: int) -> Params:
         """θ[t], checked to be finite (LogError names the step and the parameter)."""
         params = {name: value.to(self.device, self.dtype) for name, value in self.trajectory.params(t).items()}
-        for name, value in params.items():
-            # a device comparison would make every step wait for the GPU; the scores themselves are checked there
-            if self.device.type == "cpu" and not torch.isfinite(value).all():
-                raise LogError(f"step {t}: parameter '{name}' holds NaN or infinity; score a window that ends before it")
+        # a comparison there would make every step wait for the GPU; the scores themselves are checked
+        if self.device.type == "cpu" and not math.isfinite(sum(float(value.sum()) for value in params.values())):
+            for name, value in params.items():  # a sum may overflow itself
+                if not torch.isfinite(value).all():
+                    raise LogError(f"step {t}: parameter '{name}' holds NaN or infinity; score a window that ends before it")
         return params
 
     def batches(self, t: int) -> list[Batch]:
@@ -243,8 +232,16 @@ class Evaluator:
 
     def call(self, params: Params, fn: Callable[[nn.Module], Any]) -> Any:
         """fn(model) with `params` in the model's place of its own; differentiable in them, model untouched."""
-        swapped = {"model." + name: value for name, value in params.items()}
-        return torch.func.functional_call(self._scope, {**self._constants, **swapped}, (fn,))
+        kept = []
+        try:
+            for name, value in {**self._constants, **params}.items():
+                for tensors, key in self._places[name]:
+                    kept.append((tensors, key, tensors[key]))
+                    tensors[key] = value
+            return fn(self.problem.model)
+        finally:
+            for tensors, key, own in kept:
+                tensors[key] = own
 
     def output(self, params: Params, batch: Batch) -> Any:
         """The model's output for a batch."""
@@ -298,7 +295,7 @@ class Evaluator:
         return losses
 
     def _fixed_tensors(self) -> dict[str, Tensor]:
-        """Buffers (the log's where it has them) and parameters that were not trained."""
+        """Buffers (the log's where it has them) and parameters that were not trained; none that is tied to a parameter."""
         model, logged = self.problem.model, self.trajectory.constants
         fixed = {n: p.detach() for n, p in model.named_parameters() if n not in self.shapes}
         fixed |= {n: b.detach() for n, b in model.named_buffers()}
@@ -306,12 +303,12 @@ class Evaluator:
             if name not in fixed or fixed[name].shape != value.shape:
                 raise LogError(f"the log's buffer '{name}' {tuple(value.shape)} is not in the model: is it another model?")
             fixed[name] = value
-        return fixed
+        return {name: value for name, value in fixed.items() if name in self._places}
 
 
 def _match_parameters(model: nn.Module, trajectory: Trajectory) -> None:
-    own = dict(model.named_parameters())
-    for name, (shape, _) in trajectory.parameters.items():
+    own, logged = dict(model.named_parameters()), trajectory.parameters
+    for name, (shape, _) in logged.items():
         if name not in own:
             raise LogError(f"the log's parameter '{name}' {tuple(shape)} is not in the model: is it another model?")
         if tuple(own[name].shape) != tuple(shape):
@@ -321,7 +318,7 @@ def _match_parameters(model: nn.Module, trajectory: Trajectory) -> None:
         if name not in own:
             raise LogError(f"the log's frozen parameter '{name}' is not in the model: is it another model?")
     for name, value in own.items():
-        if name in trajectory.parameters:
+        if name in logged:
             continue
         if digests is None:
             if value.requires_grad:

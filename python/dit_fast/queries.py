@@ -222,14 +222,18 @@ def values(ev: Evaluator, params: Params, query: Query) -> Tensor:
     return total
 
 
-def query_gradient(ev: Evaluator, t: int, params: Params, query: Query) -> Params:
-    """∇query(θ[t]) as one block [Q, *shape] per parameter, part by part. The caller has the model in eval mode."""
+def query_gradient(ev: Evaluator, t: int, params: Params, query: Query, first: Tensor | None = None) -> Params:
+    """∇query(θ[t]) as one block [Q, *shape] per parameter, part by part. The caller has the model in eval mode.
+
+    first: the values of the first part, where they were asked already; `params` are then the leaves they were made of.
+    """
     if query.by_step is not None:
         return _ready_gradient(ev, t, query.by_step)
-    inputs = _leaves(params)
+    inputs = _leaves(params) if first is None else params
     block: Params | None = None
     for part in query.parts:
-        result = part_values(ev, inputs, part)
+        result = part_values(ev, inputs, part) if first is None else first
+        first = None
         block = block or {n: v.new_zeros((query.size or len(result), *v.shape)) for n, v in params.items()}
         rows = torch.arange(query.size or len(result))[part.rows].tolist()
         for i, row in enumerate(rows if result.requires_grad else []):
@@ -238,7 +242,7 @@ def query_gradient(ev: Evaluator, t: int, params: Params, query: Query) -> Param
             )
             for name, piece in zip(inputs, row_gradient, strict=True):
                 if piece is not None:
-                    block[name][row] += piece.detach()
+                    block[name][row].add_(piece.detach())
     assert block is not None
     return block
 
@@ -256,22 +260,37 @@ def sizes(ev: Evaluator, asked: Sequence[Query]) -> list[int]:
 
     Warns of a query that does not depend on the parameters: its scores are all 0.
     """
-    found = []
     params = _leaves(ev.params(ev.trajectory.num_steps))
-    for query in asked:
-        if query.by_step is None:
-            first = _first_values(ev, params, query)
-            if not _depends_on(first, params, by_derivative=query.size is None):
-                warnings.warn(f"query {query.label!r} does not depend on the parameters: its scores are 0", stacklevel=3)
-        found.append(len(first) if query.size is None else query.size)
-    return found
+    with ev.eval_mode():
+        return [_look(ev, params, query)[0] for query in asked]
 
 
-def _first_values(ev: Evaluator, params: Params, query: Query) -> Tensor:
-    """Those of the query's first part; ValueError naming the query where the model cannot be asked it."""
+def sizes_and_gradients(ev: Evaluator, asked: Sequence[Query]) -> tuple[list[int], Params]:
+    """`sizes`, and `gradients_at` the end of the run, for little more than either."""
+    params = _leaves(ev.params(ev.trajectory.num_steps))
+    found, blocks = [], []
+    with ev.eval_mode():
+        for query in asked:
+            size, first = _look(ev, params, query)
+            found.append(size)
+            blocks.append(query_gradient(ev, ev.trajectory.num_steps, params, query, first))
+    return found, _joined(blocks)
+
+
+def _look(ev: Evaluator, params: Params, query: Query) -> tuple[int, Tensor | None]:
+    """The number of values of a query, with those of its first part; warns of one that does not depend on the parameters.
+
+    ValueError naming the query where the model cannot be asked it. The caller has the model in eval mode.
+    """
+    if query.by_step is not None:
+        assert query.size is not None
+        return query.size, None
     where = f"{str(ev.dtype).removeprefix('torch.')} on {ev.device}"
-    with ev.eval_mode(), explained(f"query {query.label!r} fails on the model, which is asked in {where}"):
-        return part_values(ev, params, query.parts[0])
+    with explained(f"query {query.label!r} fails on the model, which is asked in {where}"):
+        first = part_values(ev, params, query.parts[0])
+    if not _depends_on(first, params, by_derivative=query.size is None):
+        warnings.warn(f"query {query.label!r} does not depend on the parameters: its scores are 0", stacklevel=4)
+    return len(first) if query.size is None else query.size, first
 
 
 def _depends_on(values: Tensor, params: Params, by_derivative: bool) -> bool:
@@ -280,7 +299,7 @@ def _depends_on(values: Tensor, params: Params, by_derivative: bool) -> bool:
         return False
     if not by_derivative:
         return True
-    found = torch.autograd.grad(values.sum(), list(params.values()), allow_unused=True)
+    found = torch.autograd.grad(values.sum(), list(params.values()), retain_graph=True, allow_unused=True)
     return any(gradient is not None for gradient in found)
 
 
@@ -299,7 +318,11 @@ def gradients_at(ev: Evaluator, t: int, params: Params, asked: Sequence[Query]) 
     """q(t) of all queries at θ[t] = `params`, in eval mode: one block [Q, *shape] per parameter."""
     with ev.eval_mode():
         blocks = [query_gradient(ev, t, params, query) for query in asked]
-    return {name: torch.cat([block[name] for block in blocks]) for name in params}
+    return _joined(blocks)
+
+
+def _joined(blocks: Sequence[Params]) -> Params:
+    return blocks[0] if len(blocks) == 1 else {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
 
 def ready_at(by_step: Mapping[int, Tensor | Mapping[str, Tensor]], t: int) -> Tensor | Mapping[str, Tensor]:

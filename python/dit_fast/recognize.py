@@ -7,9 +7,10 @@ random outputs. Whatever is not certain is refused with a reason in one line.
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -20,6 +21,7 @@ from dit_fast.problem import Batch, Evaluator, Params
 # the loss must be ours to this share of its size, in float64
 LOSS_AGREEMENT = 1e-9
 TARGETS_AT_ONCE = 1 << 16
+_OUTSIDE = "a class of cross entropy lies outside the model's outputs"
 # times larger outputs at which the loss must be ours too: others differ from ours in their tails alone, as Huber's does
 FAR = 100.0
 
@@ -84,10 +86,11 @@ class Recognized:
         return target.reshape(len(target), self.net.layers[-1].outputs).to(dtype).contiguous()
 
 
-def recognize(ev: Evaluator, params: Params, batch: Batch) -> Recognized:
+def recognize(ev: Evaluator, params: Params, batch: Batch, targets: Tensor | None = None) -> Recognized:
     """The net and loss of a problem in the state its session has set; NotCompiled says why it is none we know.
 
-    batch, params: a batch of the log and the parameters before it, whose shapes the loss is tried on.
+    batch, params: a batch of the log and the parameters before it, whose shapes the loss is tried on. targets: the data's
+    [n, ...], for every one of which the loss must be the same; where they are not at hand, `check_targets` is for later.
     """
     if len(batch.args) != 1 or batch.kwargs or not isinstance(batch.args[0], Tensor):
         raise NotCompiled("the model takes more than one tensor")
@@ -99,8 +102,12 @@ def recognize(ev: Evaluator, params: Params, batch: Batch) -> Recognized:
         output = ev.output(params, batch)
     if not isinstance(output, Tensor) or output.numel() != len(batch.ids) * layers[-1].outputs:
         raise NotCompiled("the model's output is not one tensor with a row per sample")
-    loss, scale = recognize_loss(ev, output, batch.target)
-    return Recognized(Mlp(layers, loss, scale), parameters, output.shape[1:])
+    rows = None if targets is None else _distinct(targets)
+    loss, scale = recognize_loss(ev, output, batch.target, None if rows is None else rows[:TARGETS_AT_ONCE])
+    recognized = Recognized(Mlp(layers, loss, scale), parameters, output.shape[1:])
+    if rows is not None and len(rows) > TARGETS_AT_ONCE:
+        check_targets(ev, recognized, rows[TARGETS_AT_ONCE:])
+    return recognized
 
 
 def trace(model: nn.Module) -> fx.Graph:
@@ -271,59 +278,85 @@ def node_name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def recognize_loss(ev: Evaluator, output: Tensor, target: Any) -> tuple[str, float]:
+def recognize_loss(ev: Evaluator, output: Tensor, target: Any, rows: Tensor | None = None) -> tuple[str, float]:
     """The name and scale of the loss that per_sample_loss equals at random outputs, in value and gradient (float64).
 
-    output, target: of a batch, for their shapes and dtypes. NotCompiled where it is none of ours.
+    Found with drawn targets, at outputs near and far; with `rows` of the data's targets it must be the same.
     """
     if not isinstance(target, Tensor) or target.ndim == 0 or len(target) != len(output):
         raise NotCompiled("the target is not one tensor with a row per sample")
     generator = torch.Generator().manual_seed(0)
     size, shape = 6, output.shape[1:]
-    z = 3 * torch.randn(size, *shape, generator=generator, dtype=torch.float64)
+    near = 3 * torch.randn(size, *shape, generator=generator, dtype=torch.float64)
+    outputs = [near, FAR * near]
+    if rows is not None and len(rows):
+        outputs.append(torch.randn(len(rows), *shape, generator=generator, dtype=torch.float64))
     for kind, draw in _CANDIDATES.items():
         tau = draw(size, output, target, generator)
         if tau is None:
             continue
+        is_outside = rows is not None and kind == "cross_entropy" and not _are_classes(rows, output.shape[1])
+        pieces = outputs[:2] if is_outside else outputs
+        z, tau = torch.cat(pieces), torch.cat([tau, tau] if rows is None or is_outside else [tau, tau, rows])
         try:
-            found = [_value_and_gradient(ev.losses_of, outputs, tau, size) for outputs in (z, FAR * z)]
+            value, gradient = _value_and_gradient(ev.losses_of, z, tau, len(z))
         except Exception:  # the user's loss may refuse targets of this kind in any way
             continue
-        expected = [_FORMULAS[kind](outputs, tau) for outputs in (z, FAR * z)]
-        gradient, expected_gradient = found[0][1], expected[0][1]
-        scale = float((gradient * expected_gradient).sum() / expected_gradient.square().sum())
-        pairs = zip(chain.from_iterable(found), chain.from_iterable(expected), strict=True)
-        if scale != 0 and all(_close(ours, scale * theirs) for ours, theirs in pairs):
+        expected, expected_gradient = _FORMULAS[kind](z, tau)
+        at_near = expected_gradient[:size]
+        scale = float((gradient[:size] * at_near).sum() / at_near.square().sum())
+        starts = [0, size, 2 * size][: len(pieces)]
+        is_near, is_far, *of_data = _fit((value, gradient), (scale * expected, scale * expected_gradient), starts)
+        if scale != 0 and is_near and is_far:
+            if is_outside:
+                raise NotCompiled(_OUTSIDE)
+            if not all(of_data):
+                raise NotCompiled(f"per_sample_loss is not {kind} for every target of the data")
             return kind, _round_scale(scale, output.numel() // len(output))
     raise NotCompiled("per_sample_loss is none of cross entropy, BCE with logits and squared error at random outputs")
 
 
 def check_targets(ev: Evaluator, recognized: Recognized, targets: Tensor) -> None:
     """NotCompiled unless per_sample_loss is the recognised loss for every one of the data's targets [n, ...]."""
-    net, targets = recognized.net, targets.cpu()
-    if not targets.is_floating_point() and targets.ndim == 1:
-        targets = targets.unique()
+    net = recognized.net
     generator = torch.Generator().manual_seed(1)
-    targets = targets.double() if targets.is_floating_point() else targets
-    for rows in targets.split(TARGETS_AT_ONCE):
-        ours = recognized.targets(rows, torch.float64)
-        if net.loss == "cross_entropy" and not bool(((ours >= 0) & (ours < net.layers[-1].outputs)).all()):
-            raise NotCompiled("a class of cross entropy lies outside the model's outputs")
+    for rows in _distinct(targets).split(TARGETS_AT_ONCE):
+        if net.loss == "cross_entropy" and not _are_classes(rows, net.layers[-1].outputs):
+            raise NotCompiled(_OUTSIDE)
         z = torch.randn(len(rows), *recognized.output_shape, generator=generator, dtype=torch.float64)
-        value, gradient = _value_and_gradient(ev.losses_of, z, rows, len(rows))
-        expected, expected_gradient = _FORMULAS[net.loss](z, ours)
-        if not (_close(value, net.loss_scale * expected) and _close(gradient, net.loss_scale * expected_gradient)):
+        found = _value_and_gradient(ev.losses_of, z, rows, len(rows))
+        expected, expected_gradient = _FORMULAS[net.loss](z, recognized.targets(rows, torch.float64))
+        if not all(_fit(found, (net.loss_scale * expected, net.loss_scale * expected_gradient), [0])):
             raise NotCompiled(f"per_sample_loss is not {net.loss} for every target of the data")
+
+
+def _distinct(targets: Tensor) -> Tensor:
+    """Targets as the loss is tried on them: on the CPU, floating ones in float64, of classes each one once."""
+    targets = targets.cpu()
+    if targets.is_floating_point():
+        return targets.double()
+    return targets.unique() if targets.ndim == 1 else targets
+
+
+def _are_classes(rows: Tensor, number: int) -> bool:
+    return bool(((rows >= 0) & (rows < number)).all())
 
 
 def _value_and_gradient(loss: Callable[..., Tensor], z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     y = z.clone().requires_grad_()
     value = loss(y, *arguments)
-    return value.detach().double(), torch.autograd.grad(value.sum(), y)[0]
+    return value.detach().double(), torch.autograd.grad(value, y, torch.ones_like(value))[0]
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.isfinite(a).all()) and float((a - b).abs().max()) <= LOSS_AGREEMENT * float(b.abs().max())
+def _fit(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], starts: list[int]) -> list[bool]:
+    """For each piece of the rows, by where it starts: whether values and gradients are finite and as they should be, to a
+    share of the largest in the piece."""
+    off = torch.stack([_rows((a - b).abs()).amax(1) for a, b in zip(ours, theirs, strict=True)])
+    size = torch.stack([_rows(b.abs()).amax(1) for b in theirs])
+    error, largest = (np.maximum.reduceat(rows.numpy(), starts, axis=1) for rows in (off, size))
+    # NaN and infinity of ours are in the error where theirs are finite
+    fits: list[bool] = np.all((error <= LOSS_AGREEMENT * largest) & np.isfinite(largest), axis=0).tolist()
+    return fits
 
 
 def _round_scale(scale: float, outputs: int) -> float:

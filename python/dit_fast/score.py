@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -165,8 +165,16 @@ def _score_problem(
         replay = Replay(ev, not all(rule.is_linear for rule in trajectory.optimizer), int(plan.REPLAY_SHARE * budget), check)
         if check:
             check_problem(ev, max(window.stop for window in spans), Replay(ev, True, int(plan.REPLAY_SHARE * budget)))
-        sizes = queries.sizes(ev, asked)
-        scores, meta = _adjoint_scores(ev, spans, asked, sum(sizes), hessian, query_at, backend, replay, budget, show_progress)
+        last = trajectory.num_steps
+        gradients: dict[int, Params] = {}
+        if query_at == "final" or any(window.stop == last for window in spans):
+            sizes, gradients[last] = queries.sizes_and_gradients(ev, asked)
+        else:
+            sizes = queries.sizes(ev, asked)
+        num_queries = sum(sizes)
+        scores, meta = _adjoint_scores(
+            ev, spans, asked, num_queries, gradients, hessian, query_at, backend, replay, budget, show_progress
+        )
     return Influence(
         scores=scores[..., ids],
         windows=spans,
@@ -181,6 +189,7 @@ def _adjoint_scores(
     windows: list[Window],
     asked: list[Query],
     num_queries: int,
+    known: dict[int, Params],
     hessian: Hessian,
     query_at: str,
     backend: str,
@@ -188,7 +197,7 @@ def _adjoint_scores(
     budget: int,
     show_progress: bool | None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Scores [W, Q, N] on the CPU, and what was chosen on the way."""
+    """Scores [W, Q, N] on the CPU, and what was chosen on the way. known: the queries' gradients at the last point asked."""
     num_samples = ev.num_samples
     made, mix = plan.columns(windows, num_queries)
     blocks = 1 + len(ev.trajectory.slots)
@@ -197,12 +206,12 @@ def _adjoint_scores(
     at_ends = asked if query_at == "endpoint" else []
     run, meta = choose_sweep(ev, hessian, backend, min(per_sweep, len(made)), replay, budget, at_ends)
 
-    @lru_cache(maxsize=1)
-    def gradients_at(t: int) -> Params:
-        return queries.gradients_at(ev, t, replay.params(t), asked)
-
     def gradients(t: int) -> Params:
-        return gradients_at(t if query_at == "endpoint" else ev.trajectory.num_steps)
+        point = t if query_at == "endpoint" else ev.trajectory.num_steps
+        if point not in known:
+            known.clear()  # one block of all queries at a time
+            known[point] = queries.gradients_at(ev, point, replay.params(point), asked)
+        return known[point]
 
     swept = []
     steps = sum(chunk[0].stop for chunk in chunks)
