@@ -34,7 +34,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import dit_fast
-from dit_fast import layerwise, native, native_sweep, plan, queries
+from dit_fast import layerwise, native, native_queries, native_sweep, plan, queries
 from dit_fast.problem import Evaluator
 from dit_fast.replay import Replay
 from dit_fast.score import choose_linearizer
@@ -136,8 +136,8 @@ class Setting:
 
     def prepare(self, ev: Evaluator, columns: list[plan.Column], at: QueryGradients) -> Callable[[], Tensor]:
         """The sweep alone, its net recognised."""
-        compiled = native.prepare(ev, "exact")
-        return lambda: native_sweep.sweep(ev, columns, compiled, "exact", at, self.work.samples, lambda n: None)
+        compiled, rows = native.prepare(ev, "exact"), native_queries.rows(ev, native_queries.ends(columns), at)
+        return lambda: native_sweep.sweep(ev, columns, compiled, "exact", rows, self.work.samples, lambda n: None)
 
     def _sweep(self, step: Callable[[int, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]) -> Tensor:
         """Scores [W, N] with step(t, U) → (dots [K, B], H U), columns joining at the ends; difference of endpoints."""

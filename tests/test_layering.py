@@ -83,8 +83,9 @@ ALLOWED = {
     "fused": "errors factor_products factor_run plan sweep",
     "gram": "byte_sizes errors factor_products factor_run factored fused plan sweep trajectory",
     "recognize": "mlp problem",
-    "native": "data linearize log mlp mlp_gemm mlp_team ops optimizers problem queries recognize sweep",
-    "native_sweep": "errors linearize mlp mlp_gemm native ops plan problem sweep",
+    "native": "data linearize log mlp mlp_gemm mlp_team ops optimizers problem recognize",
+    "native_queries": "native ops plan problem queries sweep",
+    "native_sweep": "errors linearize mlp mlp_gemm native native_queries ops plan problem",
     "native_team": "errors linearize mlp_team native plan problem sweep",
     "factors": "data errors factor_products factored layer_factors linearize ops output_slopes problem sweep",
     "logged": (
@@ -98,8 +99,8 @@ ALLOWED = {
     "layerwise": "data duals known_loss layers linearize problem recognize sweep",
     "retrain": "byte_sizes data guard native native_retrain plan problem progress queries recognize replay result trajectory",
     "score": (
-        "factors fisher guard layerwise linearize logged native native_sweep native_team plan problem progress queries "
-        "recognize replay result retrain sweep trajectory"
+        "factors fisher guard layerwise linearize logged native native_queries native_sweep native_team plan problem "
+        "progress queries recognize replay result retrain sweep trajectory"
     ),
     "logged_cost": "factor_products factor_run gram plan trajectory",
     "estimate": "byte_sizes linearize logged logged_cost plan problem queries replay retrain score trajectory",
@@ -145,8 +146,8 @@ LAZY = {
 }
 # the slow truth shares no code with what it judges
 NOT_IN_REFERENCE = (
-    "ops optimizers score estimate sweep linearize layerwise native native_sweep native_retrain recognize plan factors replay "
-    "retrain dual_rows duals known_loss layers pooling native_team mlp_team mlp_gemm"
+    "ops optimizers score estimate sweep linearize layerwise native native_queries native_sweep native_retrain recognize plan "
+    "factors replay retrain dual_rows duals known_loss layers pooling native_team mlp_team mlp_gemm"
 )
 
 

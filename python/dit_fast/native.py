@@ -16,9 +16,7 @@ from dit_fast.linearize import Hessian, linearize
 from dit_fast.log import Step
 from dit_fast.optimizers import SGD
 from dit_fast.problem import Batch, Evaluator, Params
-from dit_fast.queries import CHUNK, Query
 from dit_fast.recognize import NotCompiled, Recognized, check_targets, recognize
-from dit_fast.sweep import QueryGradients
 
 # the compiled path must meet the generic one on a batch of the log
 COMPARED_SAMPLES = 16
@@ -111,56 +109,6 @@ def read(ev: Evaluator) -> tuple[Native, Params, Batch]:
     momentum = any(getattr(rule, "momentum", 0) for rule in rules)
     engine = "team" if uses_teams(ev) else "cpu"
     return Native(recognized, data, largest, momentum, engine), params, batch
-
-
-def query_gradients(
-    ev: Evaluator, native: Native, asked: Sequence[Query], points: Sequence[int], generic: QueryGradients
-) -> QueryGradients:
-    """q(t) for the points t: compiled, all at once, where the query is a loss over a set of samples and the device the CPU;
-    else `generic`.
-
-    One of the points is compared with the generic gradient: queries run in eval mode, of which the net was not read.
-    """
-    if (
-        native.engine != "cpu"
-        or len(asked) != 1
-        or asked[0].batch is None
-        or len(points) < 2
-        or len(points) * ev.num_parameters > SLICE_NUMBERS
-    ):
-        return generic
-    theta = _rows(ev, points)
-    args, kwargs, target = ev.unpack(asked[0].batch)
-    recognized = native.recognized
-    try:
-        x, targets = recognized.inputs(*args, **kwargs), recognized.targets(target, ev.dtype)
-        flat = torch.zeros_like(theta, memory_format=torch.contiguous_format)
-        for start in range(0, len(x), CHUNK):
-            rows = slice(start, start + CHUNK)
-            weights = torch.full((len(x[rows]),), 1 / len(x), dtype=torch.float64)
-            ops.mlp_gradient(recognized.net, theta, x[rows], targets[rows], weights, flat)
-    except (TypeError, ValueError, RuntimeError):  # not the inputs or targets of this net
-        return generic
-
-    def agrees(position: int) -> bool:
-        theirs = torch.cat([value.flatten() for value in generic(points[position]).values()])
-        return bool((flat[position] - theirs).abs().max() <= AGREEMENT[ev.dtype] * theirs.abs().max())
-
-    # that of the last point is likely at hand, but may be all rounding where the run has converged
-    if not agrees(-1) and not agrees(0):
-        return generic
-    found = {name: piece[:, None] for name, piece in _split(ev, flat).items()}
-    by_point = zip(*(value.unbind(0) for value in found.values()), strict=True)
-    at = {t: dict(zip(found, values, strict=True)) for t, values in zip(points, by_point, strict=True)}
-    return at.__getitem__
-
-
-def _rows(ev: Evaluator, points: Sequence[int]) -> Tensor:
-    """θ[t] for these t, rising, as rows [n, P]; in one piece of the log where they lie close together."""
-    first, last = points[0], points[-1]
-    if last - first < 4 * len(points):
-        return ev.trajectory.rows(first, last + 1)[[t - first for t in points]].to(ev.dtype)
-    return torch.cat([ev.trajectory.rows(t, t + 1) for t in points]).to(ev.dtype)
 
 
 def _split(ev: Evaluator, flat: Tensor) -> Params:

@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast import mlp, mlp_gemm, native, ops
+from dit_fast import mlp, mlp_gemm, native, native_queries, ops
 from dit_fast.errors import LogError
 from dit_fast.linearize import Hessian
 from dit_fast.native import Native
 from dit_fast.plan import Column
 from dit_fast.problem import Evaluator
-from dit_fast.sweep import QueryGradients
 
 # numbers of float32 in a vector register: rows of the first layer's block begin on cache lines
 LINE = 16
@@ -23,17 +22,17 @@ def sweep(
     columns: Sequence[Column],
     compiled: Native,
     hessian: Hessian,
-    query_gradients: QueryGradients,
+    gradients: Tensor,
     num_samples: int,
     progress: Callable[..., object],
 ) -> Tensor:
     """Scores [K, N] float64, as `sweep.sweep` gives them; progress(n) is called after every n steps.
 
-    The query's gradients are taken first, so that columns join and leave inside a call. Raises NotCompiled where data that is
-    fetched on the way turns out to have targets of another kind.
+    gradients: of the queries at the columns' ends, [n·Q, P] (`native_queries`), taken first so that columns join and leave
+    inside a call. Raises NotCompiled where data that is fetched on the way turns out to have targets of another kind.
     """
     K, last, net = len(columns), columns[0].stop, compiled.recognized.net
-    visits = _visits(ev, columns, query_gradients)
+    visits = _visits(columns, gradients)
     gram = None
     if hessian != "none":  # first order costs half
         visited = K + sum(column.start is not None for column in columns)
@@ -64,20 +63,16 @@ def sweep(
     return scores[:K]
 
 
-def _visits(ev: Evaluator, columns: Sequence[Column], query_gradients: QueryGradients) -> mlp.MlpVisits:
-    """When the columns join and leave, by steps of the log, with the query's gradients at those."""
-    points = sorted({t for column in columns for t in (column.start, column.stop) if t}, reverse=True)
-    rows = []
-    for t in points:  # one at a time, so that only one is there twice
-        taken = query_gradients(t)
-        rows.append(torch.cat([taken[name].flatten(1) for name in ev.shapes], 1))
-    place = {t: len(rows[0]) * i for i, t in enumerate(points)}
+def _visits(columns: Sequence[Column], gradients: Tensor) -> mlp.MlpVisits:
+    """When the columns join and leave, by steps of the log."""
+    ends = native_queries.ends(columns)
+    place = {t: i * len(gradients) // len(ends) for i, t in enumerate(ends)}
     return mlp.MlpVisits(
         torch.tensor([column.stop for column in columns]),
         torch.tensor([column.start or 0 for column in columns]),
         torch.tensor([place[column.stop] + column.query for column in columns]),
         torch.tensor([place[column.start] + column.query if column.start else 0 for column in columns]),
-        torch.cat(rows),
+        gradients,
     )
 
 

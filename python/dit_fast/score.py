@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast import factors, layerwise, logged, native, native_sweep, native_team, plan, queries
+from dit_fast import factors, layerwise, logged, native, native_queries, native_sweep, native_team, plan, queries
 from dit_fast.fisher import fisher_step, largest_eigenvalue, warn_where_it_overshoots
 from dit_fast.guard import check_problem
 from dit_fast.linearize import HESSIANS, Hessian, choose_mode, linearize
@@ -262,9 +262,8 @@ def choose_sweep(
             def run(columns: list[plan.Column], gradients: QueryGradients, progress: Callable[..., object]) -> Tensor:
                 if compiled.engine == "team":
                     return native_team.sweep(ev, columns, compiled, hessian, gradients, num_samples, progress)
-                points = sorted({t for column in columns for t in (column.start, column.stop) if t})
-                at = native.query_gradients(ev, compiled, asked, points, gradients)
-                return native_sweep.sweep(ev, columns, compiled, hessian, at, num_samples, progress)
+                rows = native_queries.gradients(ev, compiled, asked, native_queries.ends(columns), gradients)
+                return native_sweep.sweep(ev, columns, compiled, hessian, rows, num_samples, progress)
 
             return run, {"backend": "native", "why": why}
     linearizer, meta = choose_linearizer(ev, hessian, backend, num_columns, budget)
