@@ -60,6 +60,17 @@ def test_more_inputs_than_samples(weight_decay, monkeypatch):
         assert made.pop() is None
 
 
+def test_a_sample_that_no_step_took_may_hold_anything(monkeypatch):
+    monkeypatch.setattr(native, "GRAM_SHARE", float("inf"))
+    run = make_run((90, 4, 3))
+    clean = assert_native(run).scores
+    run.case.x[NEVER_VISITED] = float("nan")
+    for method in (dit_fast.leave_one_out, dit_fast.score):
+        result = method(run.trajectory(), run.problem(), loss(run), WINDOWS)
+        assert result.meta["backend"] == "native" and result.scores.isfinite().all()
+    assert torch.equal(dit_fast.leave_one_out(run.trajectory(), run.problem(), loss(run), WINDOWS).scores != 0, clean != 0)
+
+
 def test_no_bias_and_an_activation_behind_the_last_layer():
     assert_native(make_run((5, 4, 3), bias=False, options={"l2": 0.1}))
     assert_native(make_run((5, 4, 3), "sigmoid", "squared_error", last=True))

@@ -152,7 +152,8 @@ def inner_products(ev: Evaluator, native: Native, steps: int, visits: int) -> Te
         rows = slice(start, start + GRAM_BLOCK)
         torch.mm(x[rows], x[: rows.stop].T, out=gram[rows, : rows.stop])
         gram[:start, rows] = gram[rows, :start].T
-    return gram
+    # a sample that no step took may hold anything, which a sum over all samples would spread
+    return gram if math.isfinite(float(gram.sum())) else None
 
 
 def flops_per_column(ev: Evaluator, native: Native) -> float:
