@@ -183,3 +183,19 @@ def test_convolutions_of_large_batches_go_one_by_one(monkeypatch):
     alone = dit_fast.leave_one_out(*arguments)
     assert (together.meta["vmapped"], alone.meta["vmapped"]) == (True, False)
     assert (together.scores - alone.scores).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("backend", ["native", "generic"])
+def test_a_model_that_runs_away_is_told(backend):
+    """y = w x with curvature 4 − 3 + ¼ and rate 1; without the second sample it is 4¼, and w − w* grows by −3¼ a step."""
+    x, steps = torch.tensor([[2.0], [10.0], [0.5]]), 120
+    made = {"lr": 1.0, "coefficients": [torch.tensor([1.0, -0.03, 1.0])] * steps, "num_samples": 3}
+    trajectory = dit_fast.Trajectory.from_arrays({"weight": torch.full((steps + 1, 1, 1), 0.5)}, [[0, 1, 2]] * steps, **made)
+    targets = torch.tensor([[1.0], [4.0], [0.3]])
+    problem = dit_fast.Problem(nn.Linear(1, 1, bias=False), lambda z, y: 0.5 * (z - y).square().sum(1), (x, targets))
+    query, options = dit_fast.queries.loss(x, x), {"backend": backend, "dtype": torch.float32, "check": False}
+    with pytest.warns(UserWarning, match=r"1 of 2 retrained models ran away, the first without sample 1: .* NaN or infinite"):
+        result = dit_fast.leave_one_out(trajectory, problem, query, [(0, steps)], sample_ids=[1, 2], **options)
+    assert not result.scores[0, 0, 0].isfinite() and result.scores[0, 0, 1].isfinite()
+    with pytest.warns(UserWarning, match="without group 1"):
+        dit_fast.leave_one_out(trajectory, problem, query, [(0, steps)], groups=[[2], [1]], **options)

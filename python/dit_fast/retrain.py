@@ -6,6 +6,7 @@ losses were subtracted at the end would lose two digits more (design §1).
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -58,6 +59,7 @@ def leave_one_out(
         result.groups then names them and the sample axis counts them.
     backend: "native" for feed-forward nets trained by SGD, compiled, on the CPU and for small nets on CUDA; "generic" for
         any; "auto" = the first that fits. `meta["why"]` says why.
+    A model that runs away without its sample has scores that are NaN or infinite, with a warning.
     The other arguments, the errors and the result are those of `score`. Optimizer, clipping and dropout's masks are the run's.
     """
     began = time.perf_counter()
@@ -76,8 +78,17 @@ def leave_one_out(
         sizes = queries.sizes(ev, asked)
         changes, meta = _changes(ev, asked, sizes, removed, ends, backend, replay, budget, show_progress)
     changes[0] = torch.zeros(sum(sizes), len(removed), dtype=torch.float64)
+    scores = torch.stack([changes[window.stop] - changes[window.start] for window in spans])
+    lost = (~scores.isfinite()).flatten(0, 1).any(0).nonzero().flatten().tolist()
+    if lost:
+        first = f"group {lost[0]}" if groups is not None else f"sample {int(removed[lost[0]])}"
+        warnings.warn(
+            f"{len(lost)} of {len(removed)} retrained models ran away, the first without {first}: "
+            "their scores are NaN or infinite",
+            stacklevel=2,
+        )
     return Influence(
-        scores=torch.stack([changes[window.stop] - changes[window.start] for window in spans]),
+        scores=scores,
         windows=spans,
         queries=queries.names(asked, sizes),
         sample_ids=torch.arange(len(removed)) if groups is not None else torch.cat(removed or [torch.arange(0)]),
