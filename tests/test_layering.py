@@ -86,7 +86,7 @@ ALLOWED = {
     "native": "data linearize log mlp mlp_gemm mlp_team ops optimizers problem recognize",
     "native_queries": "native ops plan problem queries sweep",
     "native_sweep": "errors linearize mlp mlp_gemm native native_queries ops plan problem",
-    "native_team": "errors linearize mlp_team native plan problem sweep",
+    "native_team": "errors linearize mlp_team native native_queries plan problem",
     "factors": "data errors factor_products factored layer_factors linearize ops output_slopes problem sweep",
     "logged": (
         "errors factor_products factor_run factored factors fisher fused gram linearize numerics plan problem progress queries "

@@ -65,6 +65,26 @@ def test_more_inputs_than_samples(monkeypatch, hessian, options):
         made.clear()
 
 
+@pytest.mark.parametrize(
+    ("widths", "windows", "capacity"),
+    [
+        ((5, 16, 2), 1, 1),
+        ((5, 32, 2), 1, 1),
+        ((5, 8, 2), 1, 2),
+        ((5, 1), 1, 1),
+        ((5, 1), 3, 16),
+        ((5, 3), 3, 3),
+        ((5, 8, 2), 3, 4),
+    ],
+)
+def test_columns_are_padded_to_a_line_and_no_further(monkeypatch, widths, windows, capacity):
+    made, blocks = [], native.blocks
+    monkeypatch.setattr(native, "blocks", lambda *a, **k: made.append(a[2]) or blocks(*a, **k))
+    loss = "cross_entropy" if widths[-1] > 1 else "bce_logits"
+    assert_native(make_run(widths, "tanh", loss), [(0, 7), (0, 5), (0, 6)][:windows])
+    assert made == [1, capacity]  # one to compare, one to sweep
+
+
 def test_more_inputs_than_samples_with_momentum_in_slices(monkeypatch):
     monkeypatch.setattr(native, "GRAM_SHARE", 100)
     monkeypatch.setattr(native, "SLICE_NUMBERS", 3 * 380)  # three steps at a time

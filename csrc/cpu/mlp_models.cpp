@@ -67,14 +67,8 @@ Models<Real>::Models(const MlpRetrain<Real>& args, Index max_batch, Index max_mo
 
 template <class Real>
 void Models<Real>::share(const Primal<Real>& primal, bool gradients, int threads) {
-  const Index O = run_.layers[0].O, I = run_.layers[0].I, B = primal.B;
-  const auto& bottom = primal.layers[0];
-  const Real beta = bottom.bias ? 1 : 0;
-  if (bottom.bias) copy_rows(B, O, bottom.bias, first_z_);
-  if (run_.gram)
-    row_products(B, O, I, run_.x, run_.x_stride, primal.rows, bottom.weight, I, beta, first_z_);
-  else
-    product<Real>(Op::none, Op::transpose, B, O, I, bottom.input, I, bottom.weight, I, beta, first_z_, O, threads);
+  const Index B = primal.B;
+  primal.first_products(first_z_, threads);
   for (std::size_t l = 1; gradients && l < shared_.size(); ++l) {
     const MlpLayer& layer = run_.layers[l];
     product<Real>(Op::transpose, Op::none, layer.O, layer.I, B, primal.layers[l].delta, layer.O, primal.layers[l].input,

@@ -63,15 +63,27 @@ void Primal<Real>::gather() {
 }
 
 template <class Real>
+void Primal<Real>::first_products(Real* z, int threads) const {
+  const Index O = args.layers.front().O, I = args.layers.front().I;
+  const Layer& layer = layers.front();
+  const Real beta = layer.bias ? 1 : 0;
+  if (layer.bias) copy_rows(B, O, layer.bias, z);
+  if (args.gram)  // the layer's input is not x
+    row_products(B, O, I, args.x, args.x_stride, rows, layer.weight, I, beta, z);
+  else
+    product<Real>(Op::none, Op::transpose, B, O, I, layer.input, I, layer.weight, I, beta, z, O, threads);
+}
+
+template <class Real>
 void Primal<Real>::forward(int threads) {
   for (std::size_t l = 0; l < layers.size(); ++l) {
     const auto& [O, I, weight, bias, activation, slope] = args.layers[l];
     const Layer& layer = layers[l];
     Real* z = l + 1 < layers.size() ? layers[l + 1].input : output;
-    if (layer.bias) copy_rows(B, O, layer.bias, z);
-    if (l == 0 && args.gram) {
-      row_products(B, O, I, args.x, args.x_stride, rows, layer.weight, I, layer.bias ? Real(1) : Real(0), z);
+    if (l == 0) {
+      first_products(z, threads);
     } else {
+      if (layer.bias) copy_rows(B, O, layer.bias, z);
       product<Real>(Op::none, Op::transpose, B, O, I, layer.input, I, layer.weight, I, layer.bias ? 1 : 0, z, O,
                     threads);
     }

@@ -54,6 +54,9 @@ struct Primal {
 
   Primal(const MlpSweep<Real>& args, Index max_batch);
 
+  // z¹ of the batch [B,O].
+  void first_products(Real* z, int threads) const;
+
   // The batch of step t of the call; weighted false: a_b = 1 in all that is left here.
   void run(Index t, bool weighted, bool backward, int threads);
 

@@ -1,4 +1,4 @@
-"""The compiled whole-sweep path for feed-forward nets: many steps and all columns in one call of `ops.MlpSweep`."""
+"""What compiled sweeps and retraining of feed-forward nets share: the net recognised and proved, its blocks, the log loaded."""
 
 import itertools
 import math
@@ -111,20 +111,17 @@ def read(ev: Evaluator) -> tuple[Native, Params, Batch]:
     return Native(recognized, data, largest, momentum, engine), params, batch
 
 
-def _split(ev: Evaluator, flat: Tensor) -> Params:
+def split(ev: Evaluator, flat: Tensor) -> Params:
     """Rows [K, P] as one block [K, *shape] per parameter."""
     pieces = flat.split([shape.numel() for shape in ev.shapes.values()], 1)
     return {name: piece.unflatten(1, shape) for (name, shape), piece in zip(ev.shapes.items(), pieces, strict=True)}
 
 
-def make_blocks(ev: Evaluator, native: Native, num_columns: int) -> Params:
-    """A zero block [K, *shape] for each parameter."""
-    first = native.recognized.parameters[0]
-    return {name: mlp.mlp_block(num_columns, s, ev.dtype, name == first, ev.device) for name, s in ev.shapes.items()}
+def blocks(ev: Evaluator, native: Native, num_columns: int, gram: Tensor | None = None) -> list[Tensor | None]:
+    """A zero block [K, *shape] for each parameter in the order of the layers, None for an absent bias.
 
-
-def blocks(ev: Evaluator, native: Native, num_columns: int, gram: Tensor | None) -> list[Tensor | None]:
-    """The same in the order of the layers, None for no parameter; with gram the first weight's is by samples, not inputs."""
+    With gram (`inner_products`) the first weight's has a column per sample, not per input.
+    """
     made: list[Tensor | None] = []
     for i, name in enumerate(native.recognized.parameters):
         shape = None if name is None else ev.shapes[name]
@@ -132,6 +129,12 @@ def blocks(ev: Evaluator, native: Native, num_columns: int, gram: Tensor | None)
             shape = torch.Size((shape[0], len(gram)))
         made.append(None if shape is None else mlp.mlp_block(num_columns, shape, ev.dtype, i == 0, ev.device))
     return made
+
+
+def by_name(ev: Evaluator, native: Native, blocks: Sequence[Tensor | None]) -> Params:
+    """The same blocks by the parameters' names, in the order of θ."""
+    named = {n: block for n, block in zip(native.recognized.parameters, blocks, strict=True) if n and block is not None}
+    return {name: named[name] for name in ev.shapes}
 
 
 def inner_products(ev: Evaluator, native: Native, steps: int, visits: int) -> Tensor | None:
@@ -262,16 +265,16 @@ def _compare(ev: Evaluator, native: Native, params: Params, batch: Batch, hessia
     """NotCompiled where dots or Hessian products of a batch differ from those of the generic path."""
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(1, ev.num_parameters, generator=generator, dtype=torch.float64).to(ev.device, ev.dtype)
-    probe = _split(ev, flat)
+    probe = split(ev, flat)
     dots, hvp = linearize(ev, params, batch, hessian)[1](probe)
     size, recognized = len(batch.ids), native.recognized
     # lr = −1 makes c = u, coefficients enter the scores as −a_b
     steps = one_step(ev, native, params, batch, lr=-1.0)
-    blocks = make_blocks(ev, native, 1)
+    own = blocks(ev, native, 1)
+    named = by_name(ev, native, own)
     for name, value in probe.items():
-        blocks[name].copy_(value)
+        named[name].copy_(value)
     scores = torch.zeros(1, size, dtype=torch.float64, device=ev.device)
-    own = [None if name is None else blocks[name] for name in recognized.parameters]
     if native.engine == "team":
         joins = torch.ones(1, dtype=torch.int64, device=ev.device)
         team = native.team(ev, 1, hessian)
@@ -280,7 +283,7 @@ def _compare(ev: Evaluator, native: Native, params: Params, batch: Batch, hessia
     else:
         op = mlp_gemm.GemmSweep if native.engine == "gemm" else ops.MlpSweep
         op(recognized.net, steps, own, None, scores, l2=ev.l2, hessian=hessian).run(0, 1)
-    moved, expected = (torch.cat([own[name].flatten() for name in probe]) for own in (blocks, hvp))
+    moved, expected = (torch.cat([values[name].flatten() for name in probe]) for values in (named, hvp))
     weighted = dots * batch.coefficients.double()
     # beside the rounding of the numbers that the products were added to
     rounding = 4 * torch.finfo(ev.dtype).eps * float(flat.abs().max())

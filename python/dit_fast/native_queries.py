@@ -18,6 +18,14 @@ def ends(columns: Sequence[Column]) -> list[int]:
     return sorted({t for column in columns for t in (column.start, column.stop) if t}, reverse=True)
 
 
+def places(columns: Sequence[Column], num_rows: int) -> tuple[list[int], list[int]]:
+    """For each column the rows of its query's gradients at its stop and at its start, among those at all `ends`; 0 for none."""
+    points = ends(columns)
+    first = {t: i * num_rows // len(points) for i, t in enumerate(points)}
+    stops = [first[column.stop] + column.query for column in columns]
+    return stops, [first[column.start] + column.query if column.start else 0 for column in columns]
+
+
 def gradients(
     ev: Evaluator, compiled: Native, asked: Sequence[Query], points: Sequence[int], generic: QueryGradients
 ) -> Tensor:

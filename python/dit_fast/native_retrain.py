@@ -68,13 +68,12 @@ def advance(
 
 def _differences(ev: Evaluator, compiled: Native, own: Sequence[Tensor | None], gram: Tensor | None) -> Params:
     """d by the parameters' names; with gram the first weight's is put together from the samples."""
-    named = {name: block for name, block in zip(compiled.recognized.parameters, own, strict=True) if name and block is not None}
-    if gram is not None:
-        assert compiled.data is not None and compiled.recognized.parameters[0] is not None and own[0] is not None
-        combinations = own[0].permute(2, 0, 1)  # [M, n, O], as it lies in memory
+    first = own[0]
+    if gram is not None and first is not None and compiled.data is not None:
+        combinations = first.permute(2, 0, 1)  # [M, n, O], as it lies in memory
         made = compiled.data[0].T @ combinations.flatten(1)
-        named[compiled.recognized.parameters[0]] = made.unflatten(1, combinations.shape[1:]).permute(1, 2, 0)
-    return {name: named[name] for name in ev.shapes}
+        own = [made.unflatten(1, combinations.shape[1:]).permute(1, 2, 0), *own[1:]]
+    return native.by_name(ev, compiled, own)
 
 
 def _engine(

@@ -1,6 +1,7 @@
 """The compiled sweep of `native.py` by steps: all columns and a slice of the log in few calls of a compiled op."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,7 +38,9 @@ def sweep(
     if hessian != "none":  # first order costs half
         visited = K + sum(column.start is not None for column in columns)
         gram = native.inner_products(ev, compiled, sum(column.stop for column in columns), visited)
-    capacity = -(-K // LINE) * LINE if LINE % net.layers[0].outputs == 0 else K
+    O = net.layers[0].outputs
+    per_line = LINE // O if LINE % O == 0 and K * O > 1 else 1
+    capacity = -(-K // per_line) * per_line
     scores = torch.zeros(capacity, num_samples, dtype=torch.float64, device=ev.device)
     blocks = native.blocks(ev, compiled, capacity, gram)
     momenta = native.blocks(ev, compiled, capacity, gram) if compiled.momentum else None
@@ -65,15 +68,9 @@ def sweep(
 
 def _visits(columns: Sequence[Column], gradients: Tensor) -> mlp.MlpVisits:
     """When the columns join and leave, by steps of the log."""
-    ends = native_queries.ends(columns)
-    place = {t: i * len(gradients) // len(ends) for i, t in enumerate(ends)}
-    return mlp.MlpVisits(
-        torch.tensor([column.stop for column in columns]),
-        torch.tensor([column.start or 0 for column in columns]),
-        torch.tensor([place[column.stop] + column.query for column in columns]),
-        torch.tensor([place[column.start] + column.query if column.start else 0 for column in columns]),
-        gradients,
-    )
+    joins, leaves = torch.tensor([column.stop for column in columns]), torch.tensor([column.start or 0 for column in columns])
+    joining, leaving = map(torch.tensor, native_queries.places(columns, len(gradients)))
+    return mlp.MlpVisits(joins, leaves, joining, leaving, gradients)
 
 
 def _engine(
@@ -88,9 +85,7 @@ def _engine(
     gram: Tensor | None,
 ) -> ops.MlpSweep | mlp_gemm.GemmSweep:
     steps, net = native.load_steps(ev, compiled, loaded), compiled.recognized.net
-    own = mlp.MlpVisits(
-        visits.joins - loaded.start, visits.leaves - loaded.start, visits.joining, visits.leaving, visits.gradients
-    )
+    own = replace(visits, joins=visits.joins - loaded.start, leaves=visits.leaves - loaded.start)
     options: dict[str, Any] = {"l2": ev.l2, "hessian": hessian}
     if compiled.engine == "gemm":
         return mlp_gemm.GemmSweep(net, steps, blocks, momenta, scores, own, **options)

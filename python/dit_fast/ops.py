@@ -235,14 +235,16 @@ class MlpSweep:
         check_sweep(net, steps, blocks, momenta, scores, visits, gram, l2)
         _check_on_cpu(steps)
         specs, kinds = mlp_specs(net, hessian)
-        projected = None
-        if visits is not None and gram is not None:
-            layer, rows = net.layers[0], visits.gradients
-            weights = rows[:, layer.weight : layer.weight + layer.outputs * layer.inputs].reshape(-1, layer.inputs)
-            projected = steps.x @ weights.T  # [M, n·O]
-        self._steps, self._visits, self._kept = steps, visits, (blocks, momenta, scores, gram, projected)
-        self._gradients = (0, 0) if visits is None else (visits.gradients.data_ptr(), visits.gradients.stride(0))
-        self._projected = (0, 0) if projected is None else (projected.data_ptr(), len(visits.gradients))  # type: ignore[union-attr]
+        self._steps, self._visits = steps, visits
+        self._gradients, self._projected, projected = (0, 0), (0, 0), None
+        if visits is not None:
+            self._gradients = visits.gradients.data_ptr(), visits.gradients.stride(0)
+            if gram is not None:
+                layer = net.layers[0]
+                weights = visits.gradients[:, layer.weight : layer.weight + layer.outputs * layer.inputs]
+                projected = steps.x @ weights.reshape(-1, layer.inputs).T  # [M, n·O]
+                self._projected = projected.data_ptr(), len(visits.gradients)
+        self._kept = blocks, momenta, scores, gram, projected
         self._gram = (0, 0) if gram is None else (gram.data_ptr(), len(gram))
         self._twice = steps.theta.dtype == torch.float64
         self._model = (specs, kinds, net.loss_scale, l2)

@@ -260,10 +260,9 @@ def choose_sweep(
             why = f"compiled: {compiled.recognized.description}; agrees with the generic path on the first batch"
 
             def run(columns: list[plan.Column], gradients: QueryGradients, progress: Callable[..., object]) -> Tensor:
-                if compiled.engine == "team":
-                    return native_team.sweep(ev, columns, compiled, hessian, gradients, num_samples, progress)
                 rows = native_queries.gradients(ev, compiled, asked, native_queries.ends(columns), gradients)
-                return native_sweep.sweep(ev, columns, compiled, hessian, rows, num_samples, progress)
+                take = native_team.sweep if compiled.engine == "team" else native_sweep.sweep
+                return take(ev, columns, compiled, hessian, rows, num_samples, progress)
 
             return run, {"backend": "native", "why": why}
     linearizer, meta = choose_linearizer(ev, hessian, backend, num_columns, budget)
