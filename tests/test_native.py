@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import dit_fast
 from dit_fast import native, ops, queries
+from dit_fast.problem import Evaluator
 
 WINDOWS = [(0, 7), (2, 5), (5, 6)]
 
@@ -83,6 +84,24 @@ def test_columns_are_padded_to_a_line_and_no_further(monkeypatch, widths, window
     loss = "cross_entropy" if widths[-1] > 1 else "bce_logits"
     assert_native(make_run(widths, "tanh", loss), [(0, 7), (0, 5), (0, 6)][:windows])
     assert made == [1, capacity]  # one to compare, one to sweep
+
+
+def test_inner_products_are_of_all_pairs_and_left_where_they_do_not_pay():
+    """In blocks of 64, of which the upper ones are copies."""
+    run = make_run((300, 4, 3), num_samples=150)
+    ev = Evaluator.create(run.problem(), run.trajectory(), None, None)
+    with ev.session():
+        compiled = native.prepare(ev, "exact")
+        gram = native.inner_products(ev, compiled, 10_000, 1)
+        assert native.inner_products(ev, compiled, 1, 1) is None
+    assert (gram - run.case.x @ run.case.x.T).abs().max() <= 1e-12 * gram.abs().max()
+
+
+def test_the_querys_gradients_are_compiled_but_for_the_one_they_are_compared_with(monkeypatch):
+    asked, generic = [], queries.query_gradient
+    monkeypatch.setattr(queries, "query_gradient", lambda ev, t, *rest: asked.append(t) or generic(ev, t, *rest))
+    assert_native(make_run((5, 4, 3)), [(t, t + 1) for t in range(7)])
+    assert asked == [7]
 
 
 def test_more_inputs_than_samples_with_momentum_in_slices(monkeypatch):

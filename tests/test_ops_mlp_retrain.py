@@ -94,13 +94,22 @@ def test_threads_groups_and_both_products(threads, blas):
 @pytest.mark.parametrize("loss", mlp.LOSSES)
 def test_loss_changes_match_their_twin(loss, dtype):
     net, steps, blocks, _, _ = op_case((4, 5, 3), "gelu", loss, SETTINGS["plain"], K=5, dtype=dtype)
-    weights = torch.rand(len(steps.x), dtype=torch.float64)
+    weights = torch.rand(len(steps.x), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x, targets, weights = steps.x.repeat(20, 1), torch.cat([steps.targets] * 20), weights.repeat(20)
     ours, theirs = (torch.ones(5, dtype=torch.float64) for _ in range(2))
     ops.mlp_loss_changes(net, steps.theta[0], x, targets, weights, blocks, ours)
     ops_torch.mlp_loss_changes(net, steps.theta[0], x, targets, weights, blocks, theirs)
     assert (theirs - 1).abs().max() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=1e-12 if dtype == torch.float64 else 1e-4, atol=0)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "gelu"])
+def test_loss_changes_of_a_sample_that_is_no_number_are_none(activation):
+    net, steps, blocks, _, _ = op_case((4, 5, 3), activation, "cross_entropy", SETTINGS["plain"])
+    steps.x[2, 1] = float("nan")
+    changes = torch.zeros(3, dtype=torch.float64)
+    ops.mlp_loss_changes(net, steps.theta[0], steps.x, steps.targets, torch.ones(9, dtype=torch.float64), blocks, changes)
+    assert changes.isnan().all()
 
 
 def test_loss_changes_far_out_are_finite():
